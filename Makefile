@@ -1,0 +1,66 @@
+# `make` alone shows what there is. PYTHON says which interpreter makes .venv (3.11 or later).
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+DEMO_ARGS := --nproc-per-node 4 --tee 3 examples/word_count.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-torch lint format system-packages clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed  ## install into .venv, then run four ranks with teed logs
+	$(PY) -m asupervise $(DEMO_ARGS)
+
+test: $(VENV)/.installed-test system-packages lint  ## lint, types and all tests that need no torch
+	$(PY) -m pytest
+
+test-torch: $(VENV)/.installed-torch  ## install torch, then run the tests that need it
+	$(PY) -m pytest -m torch tests/torch
+
+lint: $(VENV)/.installed-test  ## ruff and mypy --strict
+	$(PY) -m ruff check --quiet
+	$(PY) -m ruff format --check --quiet
+	$(PY) -m mypy --strict
+
+format: $(VENV)/.installed-test  ## mend what ruff can mend
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+# Binding is applied by numactl, or by taskset (util-linux); the tests run both for real.
+system-packages:
+	@missing=; \
+	command -v numactl >/dev/null || missing="$$missing numactl"; \
+	command -v taskset >/dev/null || missing="$$missing util-linux"; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing:$$missing"; \
+	    apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing >/dev/null && \
+	    exit 0; \
+	fi; \
+	echo "note: could not install$$missing here; the tests that run it will be skipped" >&2
+
+# A stamp is as new as the last install; pyproject.toml says what is to be installed.
+$(VENV)/.installed: pyproject.toml | $(PY)
+	$(PIP) install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(PY)
+	$(PIP) install --quiet -e '.[test,lint]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-torch: $(VENV)/.installed-test
+	$(PIP) install --quiet torch==2.13.0 numpy
+	@touch $@
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "asupervise needs Python 3.11 or later: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+clean:  ## remove .venv and everything built or cached
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,107 @@
+"""asupervise: start ranked worker processes, watch them, and leave none behind.
+
+The names below are those of ``torch.distributed.elastic.multiprocessing``, so that an
+import line and ``await`` are all that a caller changes::
+
+    from asupervise import DefaultLogsSpecs, Std, start_processes
+
+    async with start_processes(
+        "trainer", "train.py", args={0: (), 1: ()}, envs={0: {}, 1: {}},
+        logs_specs=DefaultLogsSpecs(tee=Std.ALL),
+    ) as ctx:
+        result = await ctx.wait()
+
+They are resolved at first use (PEP 562): a worker's ``from asupervise import record``
+imports neither asyncio nor anyio.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":
+    raise ImportError(
+        "asupervise needs POSIX process groups and sessions: it runs on Linux and other POSIX "
+        "systems (on Windows: under WSL)"
+    )
+
+if TYPE_CHECKING:
+    from asupervise.binding import AffinityMode as AffinityMode
+    from asupervise.binding import MemoryPolicy as MemoryPolicy
+    from asupervise.binding import NumaOptions as NumaOptions
+    from asupervise.environ import rank_environments as rank_environments
+    from asupervise.error_handler import ErrorHandler as ErrorHandler
+    from asupervise.error_handler import get_error_handler as get_error_handler
+    from asupervise.error_handler import record as record
+    from asupervise.errors import BindingError as BindingError
+    from asupervise.errors import NotSupportedError as NotSupportedError
+    from asupervise.errors import RankMapError as RankMapError
+    from asupervise.errors import SignalException as SignalException
+    from asupervise.errors import SupervisorError as SupervisorError
+    from asupervise.failures import ChildFailedError as ChildFailedError
+    from asupervise.failures import ProcessFailure as ProcessFailure
+    from asupervise.failures import RunProcsResult as RunProcsResult
+    from asupervise.failures import root_cause as root_cause
+    from asupervise.handler import SubprocessHandler as SubprocessHandler
+    from asupervise.logs import DefaultLogsSpecs as DefaultLogsSpecs
+    from asupervise.logs import LogsDest as LogsDest
+    from asupervise.logs import LogsSpecs as LogsSpecs
+    from asupervise.logs import Std as Std
+    from asupervise.logs import to_map as to_map
+    from asupervise.plan import GroupPlan as GroupPlan
+    from asupervise.plan import WorkerPlan as WorkerPlan
+    from asupervise.procs import PContext as PContext
+    from asupervise.procs import plan_processes as plan_processes
+    from asupervise.procs import start_processes as start_processes
+    from asupervise.topology import Topology as Topology
+    from asupervise.topology import read_topology as read_topology
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AffinityMode": "binding",
+    "BindingError": "errors",
+    "ChildFailedError": "failures",
+    "DefaultLogsSpecs": "logs",
+    "ErrorHandler": "error_handler",
+    "GroupPlan": "plan",
+    "LogsDest": "logs",
+    "LogsSpecs": "logs",
+    "MemoryPolicy": "binding",
+    "NotSupportedError": "errors",
+    "NumaOptions": "binding",
+    "PContext": "procs",
+    "ProcessFailure": "failures",
+    "RankMapError": "errors",
+    "RunProcsResult": "failures",
+    "SignalException": "errors",
+    "Std": "logs",
+    "SubprocessHandler": "handler",
+    "SupervisorError": "errors",
+    "Topology": "topology",
+    "WorkerPlan": "plan",
+    "get_error_handler": "error_handler",
+    "plan_processes": "procs",
+    "rank_environments": "environ",
+    "read_topology": "topology",
+    "record": "error_handler",
+    "root_cause": "failures",
+    "start_processes": "procs",
+    "to_map": "logs",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'asupervise' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"asupervise.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

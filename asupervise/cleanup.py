@@ -1,0 +1,254 @@
+"""The cleanup ladder: how a group ends, whatever made it end.
+
+1. the chosen signal to every worker's process group, also where its leader is dead; a stopped
+   process is continued, so that it can answer;
+2. after the grace, SIGKILL to what is left of the groups;
+3. a sweep for descendants that left their group or session (``setsid``, double fork), found by
+   the token that they inherited in their environment;
+4. a bounded wait: what cannot die is named and no longer waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from asupervise import procfs
+from asupervise.handler import SubprocessHandler
+
+# How long a SIGKILLed process may take to go: longer means uninterruptible sleep.
+KILL_WAIT_S = 5.0
+# The grace of descendants that outlived their worker: nobody is left who could need them.
+SWEEP_GRACE_S = 1.0
+_SWEEP_ROUNDS = 20
+# Within this time the kernel cannot have used up its range of pids and come round again.
+_NO_WRAP_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Survivor:
+    """A process of the group that could not be ended.
+
+    Attributes:
+        entry: which one.
+        local_rank: the worker that it is or descends from, where known.
+        wait_channel: the kernel function that it sleeps in.
+        why: what stood in the way, in words.
+    """
+
+    entry: procfs.ProcessEntry
+    local_rank: int | None
+    wait_channel: str
+    why: str
+
+    def __str__(self) -> str:
+        rank = "" if self.local_rank is None else f" of local rank {self.local_rank}"
+        channel = f" in {self.wait_channel}" if self.wait_channel else ""
+        return (
+            f"process {self.entry.pid} ({self.entry.name}){rank} could not be ended: {self.why} "
+            f"(state {self.entry.state}{channel})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StartMark:
+    """The moment before a group's first process, as the kernel's pid counter saw it."""
+
+    newest_pid: int | None
+    monotonic_s: float
+
+    @classmethod
+    def now(cls) -> StartMark:
+        return cls(procfs.newest_pid(), time.monotonic())
+
+    def pids_since(self, ours: int) -> list[int] | None:
+        """The pids given out since, as far as they are in use; None if that cannot be told.
+
+        Args:
+            ours: how many processes we have started ourselves since. If the counter has moved
+                by just that many, nobody else has started anything, and nothing is listed.
+        """
+        newest = procfs.newest_pid()
+        if newest is None or self.newest_pid is None or newest < self.newest_pid:
+            return None
+        if time.monotonic() - self.monotonic_s > _NO_WRAP_S:
+            return None
+        if newest - self.newest_pid <= ours:
+            return []
+        return [pid for pid in procfs.all_pids() if self.newest_pid < pid <= newest]
+
+
+class Cleanup:
+    """Ends one group. Made before the first process starts; :meth:`run` is called once.
+
+    Args:
+        token: what every process of the group inherits in its environment.
+    """
+
+    def __init__(self, token: str) -> None:
+        self._token = token.encode()
+        self._mark = StartMark.now()
+        self._handlers: Sequence[SubprocessHandler] = ()
+        self._wake = asyncio.Event()
+        self._deadline = float("inf")
+        self._signal = 0
+        self._refused: dict[int, str] = {}
+        self.running = False
+
+    def woken_by_exit(self) -> None:
+        """To be called when the last worker has exited."""
+        self._wake.set()
+
+    def hurry(self, sig: int, grace_s: float) -> None:
+        """A second request while the first is under way: only ever ends the group sooner."""
+        self._deadline = min(self._deadline, time.monotonic() + grace_s)
+        if sig != self._signal:
+            self._signal_groups(sig)
+        self._wake.set()
+
+    async def run(
+        self, handlers: Sequence[SubprocessHandler], sig: int, grace_s: float
+    ) -> list[Survivor]:
+        """Climb the ladder. Bounded: grace + ``2 * KILL_WAIT_S`` + ``SWEEP_GRACE_S``.
+
+        Args:
+            handlers: the group's workers, as far as they were started.
+            sig: the first signal.
+            grace_s: how long to wait before SIGKILL, in seconds.
+
+        Returns:
+            Those that could not be ended: nobody, normally.
+        """
+        self._handlers, self.running = handlers, True
+        self._deadline = time.monotonic() + grace_s
+        if self._somebody_left():
+            self._signal_groups(sig)
+            if not await self._groups_gone():
+                self._signal_groups(signal.SIGKILL)
+                self._deadline = time.monotonic() + KILL_WAIT_S
+                await self._groups_gone()
+        await self._sweep(sig)
+        return self._survivors()
+
+    def _somebody_left(self) -> bool:
+        return any(h.running for h in self._handlers) or bool(self._stragglers())
+
+    def _stragglers(self) -> list[procfs.ProcessEntry]:
+        return [e for h in self._handlers for e in h.stragglers if procfs.is_same(e)]
+
+    def _signal_groups(self, sig: int) -> None:
+        self._signal = sig
+        for handler in self._handlers:
+            try:
+                handler.close(sig)
+            except PermissionError:
+                self._refused[handler.pid] = "we may not signal it (EPERM)"
+
+    async def _groups_gone(self) -> bool:
+        """Wait until no group has a member left, or the deadline has passed."""
+        if not await self._until(lambda: not any(h.running for h in self._handlers)):
+            return False
+        return await self._gone(self._stragglers())
+
+    async def _gone(self, entries: Iterable[procfs.ProcessEntry]) -> bool:
+        """Wait until these processes have ended, or the deadline has passed."""
+        alive = {entry.pid: entry for entry in entries}
+        with ExitStack() as stack:
+            for entry in list(alive.values()):
+                if not self._watch(entry, alive, stack):
+                    alive.pop(entry.pid, None)
+            return await self._until(lambda: not alive)
+
+    def _watch(
+        self,
+        entry: procfs.ProcessEntry,
+        alive: dict[int, procfs.ProcessEntry],
+        stack: ExitStack,
+    ) -> bool:
+        try:
+            pidfd = os.pidfd_open(entry.pid)
+        except OSError:
+            return False
+        if not procfs.is_same(entry):
+            os.close(pidfd)
+            return False
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(pidfd)
+            alive.pop(entry.pid, None)
+            self._wake.set()
+
+        loop.add_reader(pidfd, ended)
+        stack.callback(os.close, pidfd)
+        stack.callback(loop.remove_reader, pidfd)
+        return True
+
+    async def _until(self, done: Callable[[], bool]) -> bool:
+        while not done():
+            # Cleared before the look at the deadline, which `hurry` moves.
+            self._wake.clear()
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0:
+                return False
+            try:
+                async with asyncio.timeout(left_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+        return True
+
+    async def _sweep(self, sig: int) -> None:
+        """End what left its group: first as asked, then with SIGKILL, until none is found."""
+        for round_ in range(_SWEEP_ROUNDS):
+            found = self._escaped()
+            if not found:
+                return
+            first = round_ == 0 and sig != signal.SIGKILL
+            for entry in found:
+                self._end_one(entry, sig if first else signal.SIGKILL)
+            grace_s = min(SWEEP_GRACE_S, max(0.0, self._deadline - time.monotonic()))
+            self._deadline = time.monotonic() + (grace_s if first else KILL_WAIT_S)
+            if not await self._gone(found) and not first:
+                return
+
+    def _end_one(self, entry: procfs.ProcessEntry, sig: int) -> None:
+        try:
+            procfs.send_to_process(entry, sig)
+            if sig != signal.SIGKILL:
+                procfs.send_to_process(entry, signal.SIGCONT)
+        except PermissionError:
+            self._refused[entry.pid] = "we may not signal it (EPERM)"
+
+    def _escaped(self) -> list[procfs.ProcessEntry]:
+        """Everybody alive who carries our token, except the workers that are still running."""
+        started = len(self._handlers)
+        candidates = self._mark.pids_since(started)
+        workers = {h.pid for h in self._handlers if h.running}
+        return [
+            entry
+            for entry in procfs.entries(candidates)
+            if entry.pid not in workers
+            and entry.pid not in self._refused
+            and procfs.environment_holds(entry.pid, self._token)
+        ]
+
+    def _survivors(self) -> list[Survivor]:
+        ranks = {h.pid: h.local_rank for h in self._handlers}
+        left = [e for h in self._handlers if h.running and (e := procfs.read_entry(h.pid))]
+        left += self._stragglers()
+        left += [e for pid in self._refused if (e := procfs.read_entry(pid)) and e.alive]
+        return [
+            Survivor(
+                entry,
+                ranks.get(entry.process_group),
+                procfs.wait_channel(entry.pid),
+                self._refused.get(entry.pid, f"still there {KILL_WAIT_S:g} s after SIGKILL"),
+            )
+            for entry in {e.pid: e for e in left}.values()
+        ]

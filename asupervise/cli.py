@@ -1,0 +1,255 @@
+"""The command line: ``python -m asupervise [flags] SCRIPT [args]``.
+
+The only place that prints and that installs signal handlers. Messages go to stderr; stdout belongs
+to the workers, and to ``--help``, ``--version`` and ``--dry-run``, which start none.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from signal import SIG_IGN, Signals, getsignal
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+import asupervise
+from asupervise.errors import SupervisorError
+from asupervise.options import LaunchOptions, UsageError, help_text, parse_options
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Iterable
+
+    from asupervise.failures import RunProcsResult
+    from asupervise.job import Job
+    from asupervise.procs import PContext
+
+__all__ = ["main"]
+
+_USAGE_ERROR: Final = 2
+_INTERNAL_ERROR: Final = 1
+_ENDING_SIGNALS: Final = (Signals.SIGTERM, Signals.SIGINT, Signals.SIGHUP, Signals.SIGQUIT)
+# What the machine cannot give just now is nobody's mistake on the command line.
+_SHORTAGES: Final = frozenset(
+    {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO}
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: its words; those of this process by default.
+
+    Returns:
+        The exit status: 0, that of the worker that failed first, 2 for a usage error, 128+N where
+        signal N ended the job.
+    """
+    _open_standard_streams()
+    try:
+        return _run(parse_options(sys.argv[1:] if argv is None else argv, os.environ))
+    except UsageError as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        return 128 + Signals.SIGINT
+    finally:
+        _flush(sys.stdout, 1)
+        _flush(sys.stderr, 2)
+
+
+def _run(options: LaunchOptions) -> int:
+    if options.help:
+        _print(help_text(), end="")
+        return 0
+    if options.version:
+        _print(f"asupervise {asupervise.__version__}")
+        return 0
+    # Here and below, what only a run needs is imported only then.
+    from asupervise.job import prepare
+
+    try:
+        job = prepare(options, os.environ)
+        if options.dry_run:
+            from asupervise.dryrun import describe
+            from asupervise.procs import plan_processes
+
+            _print(describe(job, plan_processes(**job.arguments)))
+            return 0
+    except (SupervisorError, ValueError, OSError) as error:
+        return _refuse(error)
+    import asyncio
+
+    return asyncio.run(_supervise(job, _handled(options)))
+
+
+# --- one job ---------------------------------------------------------------------------------
+
+
+def _handled(options: LaunchOptions) -> tuple[Signals, ...]:
+    if options.signals_to_handle is not None:
+        return options.signals_to_handle
+    # Who started us with a signal ignored (nohup; a shell's background job) wants to survive it.
+    return tuple(sig for sig in _ENDING_SIGNALS if getsignal(sig) is not SIG_IGN)
+
+
+async def _supervise(job: Job, handled: Iterable[Signals]) -> int:
+    import asyncio
+
+    from asupervise.procs import start_processes
+
+    loop = asyncio.get_running_loop()
+    shutdown = _Shutdown(job.arguments["shutdown_timeout"])
+    # Before anything is started: a signal that arrives while the workers start is not lost.
+    for sig in handled:
+        loop.add_signal_handler(sig, shutdown.on_signal, sig)
+
+    try:
+        ctx = await start_processes(**job.arguments)
+    except (SupervisorError, ValueError, OSError) as error:
+        return _refuse(error)
+    async with ctx:
+        shutdown.attend(ctx)
+        result = await ctx.wait()
+    assert result is not None, "wait() without a timeout returns a result"
+    return _concluded(job, result, shutdown)
+
+
+class _Shutdown:
+    """What signals do to us: the first is forwarded to the workers, a second one kills them."""
+
+    def __init__(self, grace_s: float) -> None:
+        self.signal: Signals | None = None
+        self._grace_s = grace_s
+        self._hurried = False
+        self._ctx: PContext | None = None
+        self._closing: list[asyncio.Task[None]] = []
+
+    @property
+    def status(self) -> int:
+        """The exit status of a job that was ended by a signal."""
+        return 128 + (self.signal or 0)
+
+    def on_signal(self, sig: Signals) -> None:
+        """Called in the event loop."""
+        if self.signal is None:
+            self.signal = sig
+            _say(f"asupervise: {sig.name}: ending the workers (again: kill them)")
+        else:
+            self._hurried = True
+            _say(f"asupervise: {sig.name} again: killing the workers")
+        self._pass_on()
+
+    def attend(self, ctx: PContext) -> None:
+        """From now on signals end this group; one that has come already does so at once."""
+        self._ctx = ctx
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._ctx is None or self.signal is None:
+            return
+        if self._hurried:
+            self._close(self._ctx, Signals.SIGKILL, 0)
+        else:
+            self._close(self._ctx, self.signal, self._grace_s)
+
+    def _close(self, ctx: PContext, sig: Signals, grace_s: float) -> None:
+        import asyncio
+
+        # Kept, for the loop knows its tasks by weak references only.
+        self._closing.append(asyncio.ensure_future(ctx.close(sig, grace_s)))
+
+
+def _concluded(job: Job, result: RunProcsResult, shutdown: _Shutdown) -> int:
+    """Say how the job ended; returns the exit status."""
+    for warning in result.warnings:
+        _say(f"warning: {warning}")
+    if result.root_cause is not None:
+        _report(job, result)
+    if shutdown.signal is not None:
+        return shutdown.status
+    if not result.is_failed():
+        return 0
+    from asupervise.failures import exit_status
+
+    cause = result.root_cause
+    # Ended by us, though by no signal that we got: something is wrong with us.
+    return _INTERNAL_ERROR if cause is None else exit_status(cause[1].exitcode)
+
+
+def _report(job: Job, result: RunProcsResult) -> None:
+    from asupervise.error_handler import ERROR_FILE_VARIABLE, get_error_handler
+    from asupervise.failures import ChildFailedError
+
+    error = ChildFailedError(job.title, result.failures)
+    _say(str(error))
+    if result.log_dir is not None:
+        _say(f"logs: {result.log_dir}")
+    if os.environ.get(ERROR_FILE_VARIABLE):
+        # We are a worker of another launcher: it is to see the exception, not just our status.
+        _, failure = error.get_first_failure()
+        if os.path.exists(failure.error_file):
+            get_error_handler().dump_error_file(failure.error_file, failure.exitcode)
+
+
+# --- printing --------------------------------------------------------------------------------
+
+
+def _refuse(error: Exception) -> int:
+    """Say what is wrong in a line, and with a hint what to do; returns the exit status."""
+    _say(f"error: {_in_one_line(error)}")
+    hint = getattr(error, "hint", None)
+    if hint:
+        _say(f"hint: {hint}")
+    shortage = isinstance(error, OSError) and error.errno in _SHORTAGES
+    return _INTERNAL_ERROR if shortage else _USAGE_ERROR
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        # str() of it starts with "[Errno 2]", which says nothing to who reads it.
+        named = error.filename is not None and str(error.filename) not in error.strerror
+        return f"{error.strerror}: {error.filename!r}" if named else error.strerror
+    return str(error)
+
+
+def _say(text: str) -> None:
+    _write(sys.stderr, f"{text}\n")
+
+
+def _print(text: str, end: str = "\n") -> None:
+    _write(sys.stdout, f"{text}{end}")
+
+
+def _write(stream: TextIO | Any, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except UnicodeEncodeError:
+        stream.write(text.encode("ascii", "backslashreplace").decode())
+    except OSError:
+        pass  # its reader has gone (`| head`): there is nobody to tell
+
+
+def _flush(stream: TextIO | Any, fd: int) -> None:
+    try:
+        stream.flush()
+    except OSError:
+        # Else the interpreter tries once more at its end, and complains that it could not.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+def _open_standard_streams() -> None:
+    """Open those that we were started without, as /dev/null.
+
+    Otherwise the next file that is opened, a log or a socket of ours, would be a worker's stdout.
+    """
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            assert opened == fd, "descriptors are given out from the lowest"
+            os.set_inheritable(fd, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))

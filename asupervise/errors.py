@@ -1,0 +1,102 @@
+"""The exceptions that `asupervise` raises of its own accord: a leaf module.
+
+Every one of them derives from `SupervisorError`, and from the built-in type that torch raises in
+the same place, so that an ``except RuntimeError`` of a ported program still catches it.
+`ChildFailedError`, which says that a worker failed, stands in `asupervise.failures`, beside the
+results that it reports.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+__all__ = [
+    "BindingError",
+    "NotSupportedError",
+    "RankMapError",
+    "SignalException",
+    "SupervisorError",
+]
+
+
+class SupervisorError(Exception):
+    """The base of our errors: a message, and whom and what it concerns.
+
+    Args:
+        message: what is wrong, with the name of the argument and its value.
+        local_rank: the worker that it concerns, or None where it concerns none in particular.
+        pid: that worker's process id, or None where it had none.
+        hint: what the user can do about it; the command line shows it as ``hint: ...``.
+
+    Pickles and copies keep all four.
+
+    Example:
+        >>> error = SupervisorError("cannot start ./train", local_rank=3, hint="chmod +x ./train")
+        >>> error
+        SupervisorError('cannot start ./train', local_rank=3, hint='chmod +x ./train')
+        >>> print(error)
+        cannot start ./train
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        local_rank: int | None = None,
+        pid: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        # Exception pickles its positional arguments and then `__dict__`: only the message may be
+        # positional, and the rest must be plain attributes.
+        super().__init__(message)
+        self.message = message
+        self.local_rank = local_rank
+        self.pid = pid
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __repr__(self) -> str:
+        known = {"local_rank": self.local_rank, "pid": self.pid, "hint": self.hint}
+        said = [repr(self.message), *(f"{k}={v!r}" for k, v in known.items() if v is not None)]
+        return f"{type(self).__name__}({', '.join(said)})"
+
+
+class RankMapError(SupervisorError, RuntimeError):
+    """A map by local rank is empty or has gaps, or two maps are of different ranks."""
+
+
+class BindingError(SupervisorError, RuntimeError):
+    """A worker cannot be bound to CPUs or memory as asked."""
+
+
+class NotSupportedError(SupervisorError, ValueError):
+    """Something valid was asked for that is not there: a flag, a platform, a feature."""
+
+
+class SignalException(Exception):
+    """The supervisor was asked to end by a signal.
+
+    Kept for programs that port from torch, whose agent raises it from its signal handlers.
+
+    Args:
+        msg: what happened.
+        sigval: the signal that arrived.
+
+    Example:
+        >>> SignalException("told to end", signal.SIGTERM).sigval.name
+        'SIGTERM'
+    """
+
+    def __init__(self, msg: str, sigval: signal.Signals) -> None:
+        super().__init__(msg)
+        self.sigval = sigval
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call `SignalException(msg)`, without the signal.
+        return type(self), (self.args[0], self.sigval), self.__dict__
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.args[0]!r}, {self.sigval!r})"

@@ -1,0 +1,374 @@
+"""The command line's flags, as a table, and how the text of each value is read.
+
+Pure. A reader of a value raises ValueError with what was expected; `options` adds which flag or
+variable the text came from.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+__all__ = ["FLAGS", "NPROC_WORDS", "Flag"]
+
+# --- the text of a value -> the value --------------------------------------------------------
+
+NPROC_WORDS: Final = ("auto", "cpu", "gpu", "xpu")
+_HOST = re.compile(r"[\w.:%-]+")
+_CANNOT_BE_HANDLED: Final = ("SIGKILL", "SIGSTOP", "SIGCHLD")
+
+
+def _integer(text: str, expected: str, low: int, high: float = math.inf) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise ValueError(f"expected {expected}") from None
+    if not low <= value <= high:
+        raise ValueError(f"expected {expected}")
+    return value
+
+
+def _worker_count(text: str) -> int | str:
+    if text in NPROC_WORDS:
+        return text
+    return _integer(text, f"a number of at least 1, or one of {', '.join(NPROC_WORDS)}", 1)
+
+
+def _port(text: str) -> int:
+    return _integer(text, "a port from 0 (any free one) to 65535", 0, 65535)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError("expected a number of seconds, 0 or more")
+    return value
+
+
+def _choice(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"expected one of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def _rank_or_none(text: str) -> int | None:
+    return None if text == "none" else _integer(text, "a local rank, or none", 0)
+
+
+def _ranks(text: str) -> frozenset[int]:
+    expected = "local ranks with commas between them, such as 0,2,3"
+    return frozenset(_integer(part, expected, 0) for part in text.split(","))
+
+
+def _list_of_texts(text: str) -> tuple[str, ...]:
+    # A doubled comma stands for one; a NUL cannot be part of an argument or a variable.
+    parts = text.replace(",,", "\0").split(",")
+    return tuple(part.replace("\0", ",") for part in parts if part)
+
+
+def _signals(text: str) -> tuple[signal.Signals, ...]:
+    return tuple(dict.fromkeys(_signal(name.strip().upper()) for name in text.split(",")))
+
+
+def _signal(name: str) -> signal.Signals:
+    full = name if name.startswith("SIG") else f"SIG{name}"
+    if full not in signal.Signals.__members__:
+        raise ValueError(
+            f"there is no signal {name!r}; expected names with commas between them, such as "
+            "SIGTERM,SIGUSR1"
+        )
+    if full in _CANNOT_BE_HANDLED:
+        raise ValueError(f"{full} cannot be handled")
+    return signal.Signals[full]
+
+
+def _run_id(text: str) -> str:
+    if not text or "/" in text:
+        raise ValueError("expected a name without a slash: the run's log folder is named after it")
+    return text
+
+
+def _host(text: str) -> str:
+    host = text.strip()
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if not _HOST.fullmatch(host):
+        raise ValueError("expected a host name, an IPv4 address or an IPv6 address")
+    return host
+
+
+def _endpoint(text: str) -> tuple[str, int | None]:
+    whole = text.strip()
+    host, colon, port = ("", "", "") if whole.endswith("]") else whole.rpartition(":")
+    try:
+        return (_host(host), _port(port)) if colon else (_host(whole), None)
+    except ValueError:
+        raise ValueError("expected HOST:PORT, with brackets around an IPv6 address") from None
+
+
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = [part.partition("=") for part in text.split(",") if text.strip()]
+    if not all(key.strip() and value.strip() for key, _, value in pairs):
+        raise ValueError("expected KEY=VALUE pairs with commas between them")
+    return tuple((key.strip(), value.strip()) for key, _, value in pairs)
+
+
+def _backend(text: str) -> str:
+    if text not in ("static", "c10d"):
+        raise ValueError("expected static or c10d; no other backend is supported yet")
+    return text
+
+
+def _node_count(text: str) -> tuple[int, int]:
+    low, colon, high = text.partition(":")
+    try:
+        fewest = int(low)
+        most = int(high) if colon else fewest
+    except ValueError:
+        fewest = most = 0
+    if not 1 <= fewest <= most:
+        raise ValueError("expected a number of at least 1, or MIN:MAX with MIN not above MAX")
+    if most > 1:
+        raise ValueError("more than one node is not supported yet; expected 1")
+    return fewest, most
+
+
+def _node_rank(text: str) -> int:
+    value = _integer(text, "a number of at least 0", 0)
+    if value:
+        raise ValueError("more than one node is not supported yet; expected 0")
+    return value
+
+
+def _restarts(text: str) -> int:
+    value = _integer(text, "a number of at least 0", 0)
+    if value:
+        raise ValueError("restarts are not supported yet; expected 0")
+    return value
+
+
+def _event_log_handler(text: str) -> str:
+    if text != "null":
+        raise ValueError("event log handlers are not supported yet; expected null")
+    return text
+
+
+# --- the flags -------------------------------------------------------------------------------
+
+
+class Flag(NamedTuple):
+    """One flag of the command line.
+
+    Attributes:
+        name: its spelling with dashes; the one with underscores is understood as well.
+        help: what it does.
+        read: makes a value of its text; None for a switch, which has no value.
+        metavar: what `--help` calls the value.
+        short: its one-letter spelling.
+        ours: whether torchrun is without it; then its abbreviations yield to those of torchrun.
+        variable: where neither the flag nor `PET_<FIELD>` is given, this variable is looked at.
+        negates: the field that a switch sets to False, where it sets none to True.
+    """
+
+    name: str
+    help: str
+    read: Callable[[str], Any] | None = None
+    metavar: str | None = None
+    short: str | None = None
+    ours: bool = False
+    variable: str | None = None
+    negates: str | None = None
+
+    @property
+    def field(self) -> str:
+        """The field of `LaunchOptions` that it sets."""
+        return self.negates or self.name[2:].replace("-", "_")
+
+
+# By heading. Values are read in this order: a backend is refused before its endpoint is.
+FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
+    "Workers": (
+        Flag(
+            "--nproc-per-node",
+            "How many workers: a number; cpu: one for each CPU that we may use; gpu, xpu: one for "
+            "each that is visible; auto: one for each GPU, or else for each CPU (default: 1).",
+            _worker_count,
+            "N|WORD",
+        ),
+        Flag("--module", "SCRIPT is a module, run as 'python -m' runs it.", short="-m"),
+        Flag("--no-python", "SCRIPT is a program, run without Python."),
+        Flag(
+            "--run-path",
+            "Run SCRIPT with runpy.run_path(), in the Python that runs this command, and record "
+            "its exceptions for the report. Overrides --module and --no-python.",
+        ),
+        Flag("--role", "The workers' role (default: default).", str, "NAME"),
+        Flag(
+            "--stdin",
+            "The local rank that reads our standard input; the others read nothing (default: 0).",
+            _rank_or_none,
+            "RANK|none",
+            ours=True,
+        ),
+        Flag(
+            "--virtual-local-rank",
+            "Show each worker its own GPU only, and tell it LOCAL_RANK=0.",
+        ),
+    ),
+    "Logs": (
+        Flag(
+            "--log-dir",
+            "Keep logs here, each run in a folder of its own (default: a temporary folder, kept "
+            "after a failure).",
+            str,
+            "DIR",
+        ),
+        Flag(
+            "--redirects",
+            "What goes to files and not to the console. 0: nothing, 1: stdout, 2: stderr, 3: both; "
+            "or by local rank, as in 0:3,1:2 (default: 0).",
+            str,
+            "MASK",
+            short="-r",
+        ),
+        Flag(
+            "--tee",
+            "What goes to files and to the console, each line with its prefix; a mask as above "
+            "(default: 0).",
+            str,
+            "MASK",
+            short="-t",
+        ),
+        Flag(
+            "--local-ranks-filter",
+            "Show these local ranks on the console, as in 0,2; files are written for all.",
+            _ranks,
+            "RANKS",
+        ),
+        Flag(
+            "--duplicate-stdout-filters",
+            "Copy all ranks' stdout lines that hold one of these texts to filtered_stdout.log. "
+            "Texts have commas between them; ',,' stands for a comma.",
+            _list_of_texts,
+            "TEXTS",
+        ),
+        Flag(
+            "--duplicate-stderr-filters",
+            "The same of stderr, to filtered_stderr.log.",
+            _list_of_texts,
+            "TEXTS",
+        ),
+        Flag(
+            "--log-line-prefix-template",
+            "Prefix of a teed line, with ${role_name}, ${rank} and ${local_rank} filled in; also "
+            "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE (default: [${role_name}${local_rank}]:).",
+            str,
+            "TEXT",
+            ours=True,
+            variable="TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE",
+        ),
+        Flag(
+            "--logs-specs",
+            "Leave files and console to the LogsSpecs of this entry point (group "
+            "asupervise.logs_specs or torchrun.logs_specs).",
+            str,
+            "NAME",
+        ),
+    ),
+    "Binding to CPUs and memory": (
+        Flag(
+            "--numa-binding",
+            "Bind each worker to the CPUs near its GPU; without GPUs, spread the workers. node: a "
+            "NUMA node's CPUs; socket: a socket's; exclusive: a share of a node's cores of its "
+            "own; core-complex: the cores of one shared cache.",
+            _choice("node", "socket", "exclusive", "core-complex"),
+            "MODE",
+        ),
+        Flag(
+            "--memory-binding",
+            "Where a bound worker's memory comes from: local, preferred, interleave or none.",
+            _choice("none", "local", "preferred", "interleave"),
+            "POLICY",
+            ours=True,
+        ),
+        Flag(
+            "--numa-binding-fallback",
+            "Where binding is not possible, run unbound instead of refusing.",
+            ours=True,
+        ),
+    ),
+    "Signals and shutdown": (
+        Flag(
+            "--signals-to-handle",
+            "Signals that end the job: the first one is forwarded to the workers, a second one "
+            "kills them (default: SIGTERM,SIGINT,SIGHUP,SIGQUIT).",
+            _signals,
+            "NAMES",
+        ),
+        Flag(
+            "--shutdown-timeout",
+            "How long workers may take to end before they are killed; also "
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT (default: 30).",
+            _seconds,
+            "SECONDS",
+            variable="TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+        ),
+    ),
+    "Where the ranks meet": (
+        Flag("--standalone", "One node, on a free port; overrides the flags below."),
+        Flag("--master-addr", "MASTER_ADDR of the workers (default: 127.0.0.1).", _host, "HOST"),
+        Flag("--master-port", "MASTER_PORT of the workers (default: a free one).", _port, "PORT"),
+        Flag(
+            "--local-addr",
+            "This node's address: MASTER_ADDR where no other is given.",
+            _host,
+            "HOST",
+        ),
+        Flag(
+            "--rdzv-backend",
+            "static: the endpoint is MASTER_ADDR and MASTER_PORT; c10d: a free port is chosen "
+            "(default: static).",
+            _backend,
+            "NAME",
+        ),
+        Flag("--rdzv-endpoint", "See --rdzv-backend.", _endpoint, "HOST:PORT"),
+        Flag("--rdzv-id", "The job's name (default: a random one).", _run_id, "ID"),
+        Flag("--rdzv-conf", "Accepted; one node has no use for it.", _pairs, "KEY=VALUE,..."),
+    ),
+    "Nodes and restarts": (
+        Flag("--nnodes", "Only 1 so far.", _node_count, "N|MIN:MAX"),
+        Flag("--node-rank", "Only 0 so far.", _node_rank, "RANK"),
+        Flag("--max-restarts", "Only 0 so far.", _restarts, "N"),
+    ),
+    "Kept for those who come from torch": (
+        Flag(
+            "--no-use-env",
+            "Add --local-rank=N to the script's arguments, as torch.distributed.launch does.",
+            ours=True,
+            negates="use_env",
+        ),
+        Flag("--use-env", "Leave them as they are, as torchrun does (default).", ours=True),
+        Flag(
+            "--start-method",
+            "Accepted; programs have no use for it.",
+            _choice("spawn", "fork", "forkserver"),
+            "METHOD",
+        ),
+        Flag("--monitor-interval", "Accepted; nothing is polled.", _seconds, "SECONDS"),
+        Flag("--event-log-handler", "Only null so far.", _event_log_handler, "NAME"),
+    ),
+    "About": (
+        Flag("--dry-run", "Print what would be started, and why; start nothing.", ours=True),
+        Flag("--help", "Print this and exit.", short="-h"),
+        Flag("--version", "Print the version and exit.", ours=True),
+    ),
+}

@@ -1,0 +1,200 @@
+"""One worker process: start it, learn of its exit, signal its group."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from typing import IO
+
+from asupervise import procfs
+from asupervise._compat import Exit, exit_now, spawn
+from asupervise.plan import WorkerPlan
+
+# Appending, so that a log that somebody truncates goes on at its new end instead of leaving a
+# hole of zero bytes (open(2)). The mode keeps other users out.
+_LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+_LOG_MODE = 0o600
+
+
+class SubprocessHandler:
+    """One worker process in its own session.
+
+    Made by :meth:`start`. The process is the leader of its own session and process group, so
+    that its group can be signalled as a whole and a terminal's Ctrl-C reaches the supervisor
+    alone.
+
+    Attributes:
+        plan: what was started.
+        pid: its process id, which is its process group's and session's id as well.
+        started_at: when it was started, in seconds since the epoch.
+        exit: how it ended, or None while it runs.
+        stragglers: members of its group that were alive when it ended.
+
+    Example::
+
+        handler = await SubprocessHandler.start(plan, os.environ, on_exit=print)
+        handler.send_signal(signal.SIGUSR1)
+        exit = await handler.wait_exit()
+    """
+
+    def __init__(
+        self, plan: WorkerPlan, on_exit: Callable[[SubprocessHandler, Exit], None] | None = None
+    ) -> None:
+        self.plan = plan
+        self.pid = 0
+        self.exit: Exit | None = None
+        self.stragglers: tuple[procfs.ProcessEntry, ...] = ()
+        self.started_at = 0.0
+        self._ended_with: set[int] = set()
+        self._ended_at: float | None = None
+        self._passed_on: set[int] = set()
+        self._on_exit = on_exit
+        self._exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self._process: asyncio.subprocess.Process | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        plan: WorkerPlan,
+        parent_env: Mapping[str, str],
+        *,
+        cwd: str | None = None,
+        on_exit: Callable[[SubprocessHandler, Exit], None] | None = None,
+    ) -> SubprocessHandler:
+        """Start the process of `plan`.
+
+        Args:
+            plan: argv, environment, files.
+            parent_env: what the worker's environment is laid over.
+            cwd: the worker's working directory; None for ours.
+            on_exit: called in the loop when it has ended.
+
+        Raises:
+            OSError: if it cannot be started, with the rank and the program in the message.
+        """
+        self = cls(plan, on_exit)
+        opened: list[IO[bytes]] = []
+        self.started_at = time.time()
+        try:
+            self._process = await spawn(
+                plan.argv,
+                on_exit=self._ended,
+                stdin=None if plan.stdin else subprocess.DEVNULL,
+                stdout=_open_log(plan.stdout, opened),
+                stderr=_open_log(plan.stderr, opened),
+                env={**parent_env, **plan.env},
+                cwd=cwd,
+                start_new_session=True,
+            )
+        except OSError as exc:
+            raise _named(exc, plan) from exc
+        finally:
+            for file in opened:
+                file.close()
+        self.pid = self._process.pid
+        if self.exit is not None:
+            self._settle(self.exit)
+        return self
+
+    def _ended(self, exit: Exit) -> None:
+        self.exit = exit
+        # A short-lived process can be reaped before `spawn` has told us its pid.
+        if self.pid:
+            self._settle(exit)
+
+    def _settle(self, exit: Exit) -> None:
+        # Here the leader's pid has only just been given back: a group of that number can only
+        # be ours, and whoever is in it now is proven ours for good.
+        if procfs.group_exists(self.pid):
+            self.stragglers = tuple(e for e in procfs.entries() if e.process_group == self.pid)
+        if not self._exited.done():
+            self._exited.set_result(exit)
+        if self._on_exit is not None:
+            self._on_exit(self, exit)
+
+    @property
+    def local_rank(self) -> int:
+        return self.plan.local_rank
+
+    @property
+    def running(self) -> bool:
+        return self.exit is None
+
+    async def wait_exit(self) -> Exit:
+        """Wait until the process has ended, whatever its descendants and pipes do."""
+        return await asyncio.shield(self._exited)
+
+    def send_signal(self, sig: int, *, group: bool = True) -> bool:
+        """Signal the whole process group, also where the leader is dead and members live on.
+
+        While the leader is not reaped its pid cannot have been given away; afterwards only
+        the members that were seen at that moment are signalled, each checked by start time.
+
+        Args:
+            sig: signal number.
+            group: False signals the leader alone.
+
+        Returns:
+            Whether anybody was there to be signalled.
+
+        Raises:
+            PermissionError: if the kernel does not let us (a worker that changed its user).
+        """
+        if self.running:
+            self._passed_on.add(sig)
+            if group:
+                return procfs.send_to_group(self.pid, sig)
+            os.kill(self.pid, sig)
+            return True
+        return any([procfs.send_to_process(entry, sig) for entry in self.stragglers])
+
+    def close(self, death_sig: int = signal.SIGTERM) -> bool:
+        """Ask the whole group to end (see :meth:`send_signal`); a stopped one is continued."""
+        if self.running:
+            self._ended_with.add(death_sig)
+            self._ended_at = self._ended_at or time.time()
+        reached = self.send_signal(death_sig)
+        if reached and death_sig != signal.SIGKILL:
+            self.send_signal(signal.SIGCONT)
+        return reached
+
+    def our_signals(self, exit: Exit) -> tuple[set[int], float | None]:
+        """The signals of ours that may explain `exit`, and when the first was sent.
+
+        A signal that was passed on without the wish to end the worker explains only a death by
+        just that signal.
+        """
+        if self._ended_at is not None:
+            return self._ended_with, self._ended_at
+        passed_on = {sig for sig in self._passed_on if exit.code in (-sig, 128 + sig)}
+        return passed_on, exit.wall_time if passed_on else None
+
+    def exit_or_unkillable(self) -> Exit:
+        """How it ended; for one that even SIGKILL did not end, as if that had."""
+        return self.exit or exit_now(-signal.SIGKILL)
+
+    def __repr__(self) -> str:
+        state = "running" if self.exit is None else f"exit {self.exit.code}"
+        return f"<SubprocessHandler rank {self.local_rank} pid {self.pid}: {state}>"
+
+
+def _open_log(path: str | None, opened: list[IO[bytes]]) -> IO[bytes] | None:
+    if path is None:
+        return None
+    file = os.fdopen(os.open(path, _LOG_FLAGS, _LOG_MODE), "wb", buffering=0)
+    opened.append(file)
+    return file
+
+
+def _named(exc: OSError, plan: WorkerPlan) -> OSError:
+    """The same error with the rank in it; OSError picks FileNotFoundError and the like by errno."""
+    why = exc.strerror or str(exc)
+    return OSError(
+        exc.errno,
+        f"local rank {plan.local_rank}: cannot start {plan.argv[0]!r}: {why}",
+        exc.filename,
+    )

@@ -1,0 +1,328 @@
+"""What the command line asks for → the arguments of `start_processes`, and why they are these.
+
+Looks at the machine (CPUs, GPUs, a free port) where the options leave a choice. Starts nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+
+from asupervise import cpus
+from asupervise.environ import fair_share, log_line_prefix, rank_environments, substitute_macros
+from asupervise.options import LaunchOptions, UsageError, check_stdin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from asupervise.binding import NumaOptions
+    from asupervise.logs import LogsSpecs
+
+    Threads = int | Mapping[int, int] | None
+
+__all__ = ["Job", "prepare"]
+
+T = TypeVar("T")
+
+
+class Job(NamedTuple):
+    """All that is needed to start what the command line asks for.
+
+    Attributes:
+        title: what is run, for the report.
+        arguments: those of `start_processes`.
+        choices: what was chosen and why, each under its name, for ``--dry-run``.
+    """
+
+    title: str
+    arguments: dict[str, Any]
+    choices: dict[str, str]
+
+
+def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
+    """Decide all that the options leave open.
+
+    Args:
+        options: what the command line asks for.
+        environ: our environment, which the workers inherit.
+
+    Raises:
+        UsageError: if it cannot be had: no GPU, no such script, no such stream mask.
+        SupervisorError, ValueError, OSError: likewise, from the parts that know better.
+    """
+    workers, why_workers = _worker_count(options.nproc_per_node, environ)
+    check_stdin(options, workers)
+    meeting = _meeting(options)
+    program, args = _commands(options, workers, environ)
+    arguments: dict[str, Any] = {
+        "name": options.role,
+        "entrypoint": program,
+        "args": args,
+        "logs_specs": _logs_specs(options),
+        "log_line_prefixes": _prefixes(options, workers),
+        "start_method": options.start_method,
+        "numa_options": _numa_options(options),
+        "duplicate_stdout_filters": options.duplicate_stdout_filters,
+        "duplicate_stderr_filters": options.duplicate_stderr_filters,
+        "stdin": options.stdin,
+        "shutdown_timeout": options.shutdown_timeout,
+    }
+    threads, why_threads = _threads(arguments, workers, environ)
+    arguments["envs"] = rank_environments(
+        workers,
+        parent_env=environ,
+        role=options.role,
+        master_addr=meeting.address,
+        master_port=meeting.port,
+        run_id=meeting.run_id,
+        omp_num_threads=threads,
+        gpu_visibility=_gpu_visibility(options, workers, environ),
+        virtual_local_rank=options.virtual_local_rank,
+    )
+    choices = {
+        "workers": f"{workers} ({why_workers})",
+        "run id": meeting.run_id,
+        "master": f"{meeting.address} port {meeting.port} ({meeting.why})",
+        "threads": why_threads,
+    }
+    return Job(options.script, arguments, choices)
+
+
+def _of_flag(name: str, read: Callable[[str], T], text: str) -> T:
+    try:
+        return read(text)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}", hint=getattr(error, "hint", None)) from None
+
+
+# --- how many workers ------------------------------------------------------------------------
+
+_VENDORS: Final = {"gpu": ("nvidia", "amd"), "xpu": ("intel",), "auto": ("nvidia", "amd", "intel")}
+
+
+def _worker_count(wanted: int | str, environ: Mapping[str, str]) -> tuple[int, str]:
+    """The number, and why."""
+    if isinstance(wanted, int):
+        return wanted, "as given"
+    gpus = _count_gpus(_VENDORS[wanted], environ) if wanted in _VENDORS else 0
+    if gpus:
+        return gpus, f"{wanted}: one for each visible GPU"
+    if wanted in ("gpu", "xpu"):
+        raise UsageError(
+            f"--nproc-per-node '{wanted}': no such device is visible",
+            hint="give a number, or cpu for one worker for each CPU",
+        )
+    number, why = _cpu_time()
+    return number, f"{wanted}: {why}"
+
+
+def _count_gpus(vendors: Sequence[str], environ: Mapping[str, str]) -> int:
+    from asupervise.topology import read_gpus, visible_gpus
+
+    return sum(gpu.vendor in vendors for gpu in visible_gpus(read_gpus(), environ))
+
+
+def _cpu_time() -> tuple[int, str]:
+    allowed = len(cpus.allowed_cpus())
+    quota = cpus.cpu_quota()
+    if quota is not None and quota < allowed:
+        return max(1, math.ceil(quota)), f"the cgroup grants {quota:g} of {allowed} CPUs"
+    return allowed, f"{allowed} CPUs may be used"
+
+
+# --- where they meet -------------------------------------------------------------------------
+
+
+class _Meeting(NamedTuple):
+    run_id: str
+    address: str
+    port: int
+    why: str
+
+
+def _meeting(options: LaunchOptions) -> _Meeting:
+    """Where the ranks meet, as torchrun has it on one node."""
+    run_id = options.rdzv_id
+    own = options.local_addr or "127.0.0.1"
+    if options.standalone:
+        return _Meeting(_random_id(), own, _free_port(), "--standalone: a free port")
+    if options.rdzv_backend != "static":
+        return _Meeting(run_id, own, _free_port(), f"{options.rdzv_backend}: a free port")
+    address, port, why = options.master_addr or own, options.master_port, "as given"
+    if options.rdzv_endpoint is not None:
+        address, port = options.rdzv_endpoint
+    elif port is None:
+        # torchrun ignores a --rdzv-id here; the user's log folder keeps the user's name.
+        run_id = _random_id() if run_id == "none" else run_id
+    if not port:
+        port, why = _free_port(), "a free port"
+    return _Meeting(run_id, address, port, why)
+
+
+def _random_id() -> str:
+    from uuid import uuid4
+
+    return str(uuid4())
+
+
+def _free_port() -> int:
+    """A TCP port that is free on every interface: rank 0's store listens on all of them.
+
+    Between our closing it and rank 0's listening another process may take it: closing this gap
+    needs rank 0 to inherit the socket, or a new attempt with another port.
+    """
+    import socket
+
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+# --- what they run ---------------------------------------------------------------------------
+
+_RUN_PATH: Final = (
+    "import runpy, sys; from asupervise.error_handler import record; "
+    "sys.argv = sys.argv[1:]; record(runpy.run_path)(sys.argv[0], run_name='__main__')"
+)
+
+
+def _commands(
+    options: LaunchOptions, workers: int, environ: Mapping[str, str]
+) -> tuple[str, dict[int, tuple[object, ...]]]:
+    """The program, and its arguments by local rank."""
+    program, leading = _program(options, environ)
+    legacy = () if options.use_env else ("--local-rank=${local_rank}",)
+    template = (*leading, *legacy, *options.script_args)
+    args = {
+        rank: tuple(
+            substitute_macros(
+                template, rank, rank=rank, world_size=workers, local_world_size=workers
+            )
+        )
+        for rank in range(workers)
+    }
+    if options.run_path or not (options.module or options.no_python):
+        # torch's launcher leaves this to Python, whose every rank then says it in its own way.
+        script = leading.index(options.script)
+        _check_scripts({rank: str(given[script]) for rank, given in args.items()}, environ)
+    return program, args
+
+
+def _program(options: LaunchOptions, environ: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    if options.run_path:
+        return sys.executable, ("-u", "-c", _RUN_PATH, options.script)
+    if options.no_python:
+        return options.script, ()
+    python = environ.get("PYTHON_EXEC") or sys.executable
+    return python, ("-u", "-m", options.script) if options.module else ("-u", options.script)
+
+
+def _check_scripts(scripts: Mapping[int, str], environ: Mapping[str, str]) -> None:
+    if environ.get("PYTHON_EXEC"):
+        return  # it may be a wrapper that runs Python elsewhere, where the script is
+    for rank, script in scripts.items():
+        if script != "-" and not os.path.exists(script):
+            raise UsageError(
+                f"local rank {rank}: no such script: {script!r}",
+                hint="-m runs a module, --no-python a program that is found on PATH",
+            )
+
+
+# --- their logs, binding, GPUs ---------------------------------------------------------------
+
+
+def _logs_specs(options: LaunchOptions) -> LogsSpecs:
+    from asupervise.logs import Std, load_logs_specs
+
+    ranks = options.local_ranks_filter
+    redirects = _of_flag("--redirects", Std.from_str, options.redirects)
+    tee = _of_flag("--tee", Std.from_str, options.tee)
+    specs = _of_flag("--logs-specs", lambda _: load_logs_specs(options.logs_specs), "")
+    return specs(
+        log_dir=options.log_dir,
+        redirects=redirects,
+        tee=tee,
+        local_ranks_filter=None if ranks is None else set(ranks),
+    )
+
+
+def _prefixes(options: LaunchOptions, workers: int) -> dict[int, str] | None:
+    template = options.log_line_prefix_template
+    if template is None:
+        return None
+    return {
+        rank: log_line_prefix(template, role_name=options.role, rank=rank, local_rank=rank)
+        for rank in range(workers)
+    }
+
+
+def _numa_options(options: LaunchOptions) -> NumaOptions | None:
+    if options.numa_binding is None:
+        return None
+    from asupervise.binding import AffinityMode, MemoryPolicy, NumaOptions
+
+    memory = options.memory_binding
+    policy = {} if memory is None else {"memory_policy": MemoryPolicy(memory)}
+    return NumaOptions(
+        affinity_mode=AffinityMode(options.numa_binding),
+        should_fall_back_if_binding_fails=options.numa_binding_fallback,
+        **policy,
+    )
+
+
+def _gpu_visibility(
+    options: LaunchOptions, workers: int, environ: Mapping[str, str]
+) -> dict[int, dict[str, str]]:
+    """For a virtual local rank, the variables that leave each worker one GPU."""
+    if not options.virtual_local_rank:
+        return {}
+    from asupervise.binding import gpu_visibility
+    from asupervise.topology import read_gpus
+
+    gpus = read_gpus()
+    return {rank: gpu_visibility(gpus, rank, environ) for rank in range(workers)}
+
+
+# --- their threads ---------------------------------------------------------------------------
+
+
+def _threads(
+    arguments: Mapping[str, Any], workers: int, environ: Mapping[str, str]
+) -> tuple[Threads, str]:
+    """Each worker's fair share of the cores that it may run on, and why it is that."""
+    if "OMP_NUM_THREADS" in environ:
+        return None, f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} (set by you)"
+    quota = cpus.cpu_quota()
+    most = math.inf if quota is None else max(1, math.floor(quota / workers))
+    if arguments["numa_options"] is None:
+        cores = cpus.count_cores(cpus.allowed_cpus())
+        share = min(fair_share(cores, workers), most)
+        limit = "" if quota is None else f", the cgroup grants {quota:g} CPUs"
+        return int(share), f"OMP_NUM_THREADS={share} ({cores} cores for {workers}{limit})"
+    shares = {
+        rank: int(min(share, most)) for rank, share in _bound_shares(arguments, workers).items()
+    }
+    return shares, "OMP_NUM_THREADS: the share of the cores that each is bound to"
+
+
+def _bound_shares(arguments: Mapping[str, Any], workers: int) -> dict[int, int]:
+    """By local rank: ranks that are bound to the same CPUs share those."""
+    from asupervise.procs import plan_processes
+
+    # Logs specs that were written for torch make their folders when they are asked for names.
+    asked = {**arguments, "logs_specs": None, "envs": {rank: {} for rank in range(workers)}}
+    plan = plan_processes(**asked)
+    allowed = cpus.allowed_cpus()
+    bound = [
+        frozenset(worker.binding.cpus) if worker.binding else allowed for worker in plan.workers
+    ]
+    sharing = Counter(bound)
+    return {
+        rank: fair_share(cpus.count_cores(own), sharing[own]) for rank, own in enumerate(bound)
+    }

@@ -1,0 +1,199 @@
+"""From the caller's wish to one frozen plan a worker: pure, so it can be printed and tested.
+
+Nothing is opened, created or started here. ``--dry-run`` prints what :func:`plan_group` returns.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from asupervise.errors import RankMapError
+from asupervise.logs import LogsDest, LogsSpecs, line_prefixes
+
+if TYPE_CHECKING:
+    from asupervise.binding import BindingTools, RankBinding
+
+TOKEN_VARIABLE = "ASUPERVISE_TOKEN"
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """All that is needed to start one worker.
+
+    Attributes:
+        local_rank: its rank on this node, from 0.
+        argv: program and arguments, after the rewrite for binding.
+        program: the user's program, before that rewrite.
+        env: what is laid over the supervisor's environment.
+        stdin: whether it reads our standard input; otherwise ``/dev/null``.
+        stdout: file for its standard output; None for our console.
+        stderr: likewise for standard error.
+        tee_stdout: whether `stdout` is shown on the console as well.
+        tee_stderr: likewise for `stderr`.
+        prefix: stands before each teed line.
+        error_file: where its ``@record`` writes an exception; None for nowhere.
+        binding: CPUs, memory and GPU that it is bound to, or None.
+    """
+
+    local_rank: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    program: str = ""
+    stdin: bool = False
+    stdout: str | None = None
+    stderr: str | None = None
+    tee_stdout: bool = False
+    tee_stderr: bool = False
+    prefix: str = ""
+    error_file: str | None = None
+    binding: RankBinding | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """All that is needed to start a group on this node.
+
+    Attributes:
+        name: names the group in prefixes and reports.
+        workers: by local rank.
+        logs: the files of this attempt.
+        stdout_filters: substrings; matching teed lines go to ``logs.filtered_stdout`` as well.
+        stderr_filters: likewise for stderr.
+        token: marks every process of the group, and what descends from it, in its environment.
+    """
+
+    name: str
+    workers: tuple[WorkerPlan, ...]
+    logs: LogsDest
+    stdout_filters: tuple[str, ...] = ()
+    stderr_filters: tuple[str, ...] = ()
+    token: str = ""
+
+    @property
+    def nprocs(self) -> int:
+        return len(self.workers)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """The caller's wish, as given to ``start_processes``; see there."""
+
+    name: str
+    entrypoint: str | Sequence[str]
+    args: Mapping[int, Sequence[object]]
+    envs: Mapping[int, Mapping[str, str]]
+    logs_specs: LogsSpecs
+    log_line_prefixes: Mapping[int, str] | None = None
+    stdout_filters: Sequence[str] = ()
+    stderr_filters: Sequence[str] = ()
+    stdin: int | None = None
+    bindings: Sequence[RankBinding | None] = field(default_factory=tuple)
+    tools: BindingTools | None = None
+    token: str = ""
+
+
+def check_rank_maps(
+    args: Mapping[int, object], envs: Mapping[int, object], prefixes: Mapping[int, object] | None
+) -> None:
+    """Every map must have the ranks ``0..n-1``, and the same n.
+
+    Raises:
+        RankMapError: naming the map and the ranks that are missing or too many.
+    """
+    if not args:
+        raise RankMapError("args: no worker at all: expected a map of local ranks 0..n-1")
+    _check_ranks("args", args, len(args))
+    _check_ranks("envs", envs, len(args))
+    if prefixes:
+        unknown = sorted(set(prefixes) - set(range(len(args))), key=str)
+        if unknown:
+            raise RankMapError(f"log_line_prefixes: no such local ranks: {unknown}")
+
+
+def _check_ranks(what: str, given: Mapping[int, object], nprocs: int) -> None:
+    expected, actual = set(range(nprocs)), set(given)
+    if actual == expected:
+        return
+    parts = []
+    if missing := sorted(expected - actual):
+        parts.append(f"missing {missing}")
+    if extra := sorted(actual - expected, key=str):
+        parts.append(f"not expected {extra}")
+    raise RankMapError(
+        f"{what}: expected local ranks 0..{nprocs - 1}, got {sorted(actual, key=str)}: "
+        + ", ".join(parts)
+    )
+
+
+def plan_group(spec: GroupSpec, parent_env: Mapping[str, str]) -> GroupPlan:
+    """Decide everything about a group.
+
+    Args:
+        spec: the wish; its rank maps are checked already.
+        parent_env: the environment that the workers' are laid over.
+
+    Raises:
+        RankMapError: if the logs specs name files for other ranks than there are.
+        BindingError: if the binding cannot be expressed with the tools that there are.
+    """
+    nprocs = len(spec.args)
+    # Copies: a logs specs class made for torch writes the error file's name into them.
+    envs = {rank: dict(spec.envs[rank]) for rank in range(nprocs)}
+    logs = spec.logs_specs.reify(envs)
+    _check_ranks("logs_specs: stdouts", logs.stdouts, nprocs)
+    _check_ranks("logs_specs: stderrs", logs.stderrs, nprocs)
+    prefixes = line_prefixes(spec.name, nprocs, spec.log_line_prefixes)
+    # An outer supervisor must find our workers, too: its token stays in front of ours.
+    outer = parent_env.get(TOKEN_VARIABLE)
+    token = f"{outer}:{spec.token}" if outer and spec.token else spec.token
+    workers = tuple(
+        _plan_worker(spec, rank, envs[rank], logs, prefixes[rank], token) for rank in range(nprocs)
+    )
+    return GroupPlan(
+        name=spec.name,
+        workers=workers,
+        logs=logs,
+        stdout_filters=tuple(spec.stdout_filters),
+        stderr_filters=tuple(spec.stderr_filters),
+        token=spec.token,
+    )
+
+
+def _plan_worker(
+    spec: GroupSpec, rank: int, env: dict[str, str], logs: LogsDest, prefix: str, token: str
+) -> WorkerPlan:
+    leading = (spec.entrypoint,) if isinstance(spec.entrypoint, str) else tuple(spec.entrypoint)
+    argv = (*leading, *(str(arg) for arg in spec.args[rank]))
+    binding = spec.bindings[rank] if spec.bindings else None
+    error_file = logs.error_files.get(rank)
+    env[ERROR_FILE_VARIABLE] = "" if error_file in (None, os.devnull) else str(error_file)
+    if token:
+        env[TOKEN_VARIABLE] = token
+    return WorkerPlan(
+        local_rank=rank,
+        argv=_bound(argv, binding, spec.tools),
+        program=argv[0],
+        env=env,
+        stdin=rank == spec.stdin,
+        stdout=logs.stdouts[rank] or None,
+        stderr=logs.stderrs[rank] or None,
+        tee_stdout=rank in logs.tee_stdouts and logs.tee_stdouts[rank] != os.devnull,
+        tee_stderr=rank in logs.tee_stderrs and logs.tee_stderrs[rank] != os.devnull,
+        prefix=prefix,
+        error_file=env[ERROR_FILE_VARIABLE] or None,
+        binding=binding,
+    )
+
+
+def _bound(
+    argv: tuple[str, ...], binding: RankBinding | None, tools: BindingTools | None
+) -> tuple[str, ...]:
+    if binding is None or tools is None:
+        return argv
+    from asupervise.binding import rewrite_argv
+
+    return rewrite_argv(argv, binding, tools)

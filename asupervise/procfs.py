@@ -1,0 +1,186 @@
+"""Reading the process table: who is alive, and whose it is (Linux ``/proc``, proc(5)).
+
+A process is named by its pid and its start time together, because a pid alone may have been
+given to somebody else by the time that a signal is sent. Where there is no ``/proc`` every
+function answers "nothing known", and the cleanup falls back to process groups alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+# State letters of processes that run nothing any more (proc(5): zombie, dead).
+_ENDED_STATES = frozenset("ZXx")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEntry:
+    """One line of the process table.
+
+    Attributes:
+        pid: process id, in our pid namespace.
+        start_ticks: start time in clock ticks since boot; with `pid` it names one process.
+        parent_pid: whose child it is now (1 or a subreaper once orphaned).
+        process_group: process group id.
+        session: session id.
+        state: the kernel's letter: R running, S sleeping, D uninterruptible, T stopped, …
+        name: the command's name, as in ``/proc/<pid>/comm``.
+    """
+
+    pid: int
+    start_ticks: int
+    parent_pid: int
+    process_group: int
+    session: int
+    state: str
+    name: str
+
+    @property
+    def alive(self) -> bool:
+        return self.state not in _ENDED_STATES
+
+
+def read_entry(pid: int) -> ProcessEntry | None:
+    """The table's line for `pid`; None if there is none (any more)."""
+    text = _read(f"/proc/{pid}/stat")
+    if text is None:
+        return None
+    # The name may hold blanks and parentheses: the fields count from the last ")".
+    head, _, tail = text.rpartition(b")")
+    fields = tail.split()
+    if len(fields) < 20:
+        return None
+    return ProcessEntry(
+        pid=pid,
+        start_ticks=int(fields[19]),
+        parent_pid=int(fields[1]),
+        process_group=int(fields[2]),
+        session=int(fields[3]),
+        state=fields[0].decode(),
+        name=head.partition(b"(")[2].decode(errors="replace"),
+    )
+
+
+def entries(pids: Iterable[int] | None = None) -> Iterator[ProcessEntry]:
+    """Every living process that can be read, ours and others'."""
+    for pid in all_pids() if pids is None else pids:
+        entry = read_entry(pid)
+        if entry is not None and entry.alive:
+            yield entry
+
+
+def all_pids() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def environment_holds(pid: int, token: bytes) -> bool:
+    """Whether the environment that `pid` was started with holds `token`.
+
+    False as well where it cannot be read: another user's process, or one without memory.
+    """
+    text = _read(f"/proc/{pid}/environ")
+    return text is not None and token in text
+
+
+def newest_pid() -> int | None:
+    """The pid given out last in our pid namespace (the last field of ``/proc/loadavg``)."""
+    text = _read("/proc/loadavg")
+    return int(text.split()[-1]) if text else None
+
+
+def group_exists(process_group: int) -> bool:
+    """Whether the group has a member left, living or unreaped (kill(2) with signal 0)."""
+    try:
+        os.killpg(process_group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def send_to_group(process_group: int, sig: int) -> bool:
+    """Signal a process group; False if it has no member left.
+
+    Raises:
+        PermissionError: if no member may be signalled by us (kill(2)).
+    """
+    try:
+        os.killpg(process_group, sig)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def send_to_process(entry: ProcessEntry, sig: int) -> bool:
+    """Signal exactly the process that `entry` named, and nobody who got its pid since.
+
+    The pidfd is opened first and the start time compared afterwards: from then on the pidfd
+    can only mean that process (pidfd_open(2)).
+
+    Returns:
+        False if it is gone.
+
+    Raises:
+        PermissionError: if it may not be signalled by us.
+    """
+    if not hasattr(os, "pidfd_open"):
+        return _send_by_pid(entry, sig)
+    try:
+        pidfd = os.pidfd_open(entry.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if not is_same(entry):
+            return False
+        signal.pidfd_send_signal(pidfd, sig)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
+
+
+def _send_by_pid(entry: ProcessEntry, sig: int) -> bool:
+    if not is_same(entry):
+        return False
+    try:
+        os.kill(entry.pid, sig)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def is_same(entry: ProcessEntry) -> bool:
+    """Whether the process that `entry` named is still there and runs."""
+    now = read_entry(entry.pid)
+    return now is not None and now.start_ticks == entry.start_ticks and now.alive
+
+
+def wait_channel(pid: int) -> str:
+    """The kernel function in which a process sleeps, or "" (``/proc/<pid>/wchan``)."""
+    text = _read(f"/proc/{pid}/wchan")
+    return "" if text is None or text == b"0" else text.decode(errors="replace")
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        chunks = []
+        while chunk := os.read(fd, 65536):
+            chunks.append(chunk)
+        return b"".join(chunks)
+    except OSError:
+        # The process ended between open and read (ESRCH), or is another user's (EACCES).
+        return None
+    finally:
+        os.close(fd)

@@ -1,0 +1,377 @@
+"""Who may import whom, what costs nothing at import, and what nobody does.
+
+`ROOMS` is the table of docs/design.md as data. A new module gets a row here and one there.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "asupervise"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one module may import, beside the standard library.
+
+    Attributes:
+        rooms: modules of ours, anywhere in the file.
+        lazily: modules of ours inside functions only.
+        others: third-party packages.
+        asynchronous: whether it may import asyncio.
+    """
+
+    rooms: frozenset[str] = frozenset()
+    lazily: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
+    asynchronous: bool = False
+
+
+def room(
+    rooms: str = "", *, lazily: str = "", others: str = "", asynchronous: bool = False
+) -> Room:
+    return Room(
+        frozenset(rooms.split()), frozenset(lazily.split()), frozenset(others.split()), asynchronous
+    )
+
+
+ROOMS = {
+    # Leaves, and what runs inside workers: the standard library is all that they may use.
+    "errors": room(),
+    "framing": room(),
+    "procfs": room(),
+    "failures": room("errors"),
+    "error_handler": room(lazily="failures"),
+    # Looking at the machine.
+    "cpus": room("errors"),
+    "gpus": room("errors", others="pynvml"),
+    "topology": room("cpus errors gpus"),
+    # Deciding what to start: no event loop.
+    "environ": room("errors"),
+    "logs": room("errors"),
+    "binding": room("errors topology"),
+    "plan": room("environ errors logs", lazily="binding"),
+    "binder": room("errors plan", lazily="_compat binding topology"),
+    # Starting it, watching it, ending it.
+    "_compat": room(asynchronous=True),
+    "handler": room("_compat errors plan procfs", asynchronous=True),
+    "cleanup": room("errors handler procfs", others="anyio psutil", asynchronous=True),
+    "files": room("errors plan", asynchronous=True),
+    "collect": room("failures files handler plan", asynchronous=True),
+    # Showing what it says.
+    "console": room("framing", asynchronous=True),
+    "tailing": room("console framing", others="aiofiles asyncinotify", asynchronous=True),
+    "streaming": room("console framing plan tailing", others="anyio", asynchronous=True),
+    # One group on one node.
+    "procs": room(
+        "_compat binder cleanup collect environ errors failures files handler logs plan",
+        lazily="binding streaming",
+        others="anyio",
+        asynchronous=True,
+    ),
+    # The command line. What it does not need to say "usage: ..." it imports when it does.
+    "flags": room(),
+    "options": room("errors flags"),
+    "job": room("cpus environ errors options", lazily="binding logs procs topology"),
+    "dryrun": room("errors job options plan", lazily="binding topology"),
+    "cli": room(
+        "errors options", lazily="dryrun error_handler failures job procs", asynchronous=True
+    ),
+    "__main__": room("cli"),
+    # Names only: resolved at first use.
+    "__init__": room(),
+}
+
+# `from asupervise import record` in a worker, however many workers there are.
+WORKER_SIDE = ("errors", "failures", "error_handler")
+HEAVY = {"anyio", "aiofiles", "argparse", "asyncio", "asyncinotify", "psutil", "subprocess"}
+# Decisions only: they take what was read, and return what is to be done.
+PURE = ("errors", "framing", "binding")
+COMMAND_LINE = ("flags", "options", "job", "dryrun", "cli", "__main__")
+
+
+# --- reading the source -------------------------------------------------------------------------
+
+
+def modules() -> list[str]:
+    return sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    path = PACKAGE / f"{module}.py"
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+@dataclass(frozen=True)
+class Import:
+    target: str
+    line: int
+    lazy: bool
+    for_types: bool
+
+
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def imports(module: str) -> Iterator[Import]:
+    """Every import in a module: ours as ``asupervise.name``, the others by their top name."""
+
+    def walk(node: ast.AST, lazy: bool, for_types: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                for target in targets(child):
+                    yield Import(target, child.lineno, lazy, for_types)
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+            yield from walk(child, lazy or inside, for_types or is_for_types(child))
+
+    return walk(tree(module), lazy=False, for_types=False)
+
+
+def targets(node: ast.Import | ast.ImportFrom) -> list[str]:
+    if isinstance(node, ast.Import):
+        full_names = [alias.name for alias in node.names]
+    else:
+        assert node.level == 0, f"line {node.lineno}: relative import; write the full name"
+        full_names = [str(node.module)]
+        if node.module == "asupervise":
+            # `from asupervise import procfs` names a module. The version is everybody's; other
+            # public names have a home, to be imported from there.
+            names = [alias.name for alias in node.names if alias.name != "__version__"]
+            full_names = [f"asupervise.{name}" for name in names]
+    return [".".join(name.split(".")[:2]) if is_ours(name) else top(name) for name in full_names]
+
+
+def top(name: str) -> str:
+    return name.split(".")[0]
+
+
+def is_ours(name: str) -> bool:
+    return top(name) == "asupervise"
+
+
+def our_imports(module: str) -> list[Import]:
+    # `import asupervise` alone is for its version: it loads nothing.
+    return [found for found in imports(module) if found.target.startswith("asupervise.")]
+
+
+def room_of(module: str) -> Room:
+    # A module without a row fails in one test, not in each.
+    return ROOMS.get(module, Room())
+
+
+def calls(module: str) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+every_module = pytest.mark.parametrize("module", modules())
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+@every_module
+def test_each_module_has_a_room(module: str) -> None:
+    assert module in ROOMS, (
+        f"asupervise/{module}.py is in no table: give it a row in docs/design.md and in ROOMS"
+    )
+
+
+def test_each_room_has_a_module() -> None:
+    assert set(ROOMS) <= set(modules())
+
+
+@every_module
+def test_imports_of_ours_are_those_of_the_table(module: str) -> None:
+    allowed = room_of(module)
+    for found in our_imports(module):
+        name = found.target.partition(".")[2]
+        if module == "__init__" and found.for_types:
+            continue
+        where = f"asupervise/{module}.py:{found.line}"
+        assert name in allowed.rooms | allowed.lazily, f"{where} imports {name!r}: not in the table"
+        in_function = found.lazy or found.for_types
+        assert name in allowed.rooms or in_function, f"{where} may import {name!r} lazily only"
+
+
+@every_module
+def test_third_party_imports_are_those_of_the_table(module: str) -> None:
+    for found in imports(module):
+        if (
+            found.target.split(".")[0] != "asupervise"
+            and found.target not in sys.stdlib_module_names
+        ):
+            where = f"asupervise/{module}.py:{found.line}"
+            allowed = room_of(module).others
+            assert found.target in allowed, f"{where} imports {found.target!r}"
+
+
+@every_module
+def test_asyncio_stays_in_its_rooms(module: str) -> None:
+    used = [found for found in imports(module) if found.target == "asyncio"]
+    assert room_of(module).asynchronous or not used, f"asupervise/{module}.py imports asyncio"
+
+
+def test_there_are_no_circles() -> None:
+    graph = {
+        module: {found.target.partition(".")[2] for found in our_imports(module)}
+        for module in modules()
+        if module != "__init__"  # everything, at first use
+    }
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_the_docs_have_the_same_table() -> None:
+    rows = dict(documented_rooms())
+    assert set(rows) == set(ROOMS)
+    for name, documented in rows.items():
+        assert documented == ROOMS[name].rooms | ROOMS[name].lazily, f"docs/design.md: {name}.py"
+
+
+def documented_rooms() -> Iterator[tuple[str, frozenset[str]]]:
+    for line in (ROOT / "docs" / "design.md").read_text().splitlines():
+        if re.match(r"\| `\w+\.py` \|", line):
+            name, _, may_import, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+            yield name.strip("`").removesuffix(".py"), frozenset(re.findall(r"`(\w+)`", may_import))
+
+
+# --- what nobody does ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_rooms_do_no_input_or_output(module: str) -> None:
+    forbidden = {"subprocess", "socket", "shutil", "tempfile", "pathlib"}
+    assert forbidden.isdisjoint(found.target for found in imports(module))
+    for name, call in calls(module):
+        assert name not in {"open", "os.open", "os.listdir", "os.scandir", "os.stat", "print"}, (
+            f"asupervise/{module}.py:{call.lineno} calls {name}"
+        )
+
+
+@every_module
+def test_nobody_naps(module: str) -> None:
+    """A wait is woken by an event. A sleep of a fixed length, but 0, is a poll."""
+    for name, call in calls(module):
+        if name.split(".")[-1] != "sleep" or not call.args:
+            continue
+        nap = call.args[0]
+        assert not isinstance(nap, ast.Constant) or nap.value == 0, (
+            f"asupervise/{module}.py:{call.lineno} sleeps for {ast.unparse(nap)} s"
+        )
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name not in COMMAND_LINE])
+def test_the_host_keeps_its_signals_and_its_stdout(module: str) -> None:
+    for name, call in calls(module):
+        where = f"asupervise/{module}.py:{call.lineno}"
+        last = name.split(".")[-1]
+        assert name != "signal.signal", f"{where} installs a signal handler"
+        assert last != "add_signal_handler", f"{where} installs a signal handler"
+        to_stderr = any(keyword.arg == "file" for keyword in call.keywords)
+        assert name != "print" or to_stderr, f"{where} prints"
+    assert "argparse" not in {found.target for found in imports(module)}
+
+
+# --- what an import costs -----------------------------------------------------------------------
+
+
+def run_python(program: str, *options: str) -> str:
+    argv = [sys.executable, *options, "-c", program]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_record_is_cheap_to_import() -> None:
+    loaded = run_python("import sys; from asupervise import record; print(*sys.modules)").split()
+    assert HEAVY.isdisjoint(loaded)
+    assert "asupervise.failures" not in loaded
+
+
+@pytest.mark.parametrize("module", WORKER_SIDE)
+def test_worker_side_needs_the_standard_library_only(module: str) -> None:
+    """Run without site-packages, where nothing but the standard library can be imported."""
+    path = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
+    loaded = run_python(f"{path}; import asupervise.{module}; print(*sys.modules)", "-I", "-S")
+    assert HEAVY.isdisjoint(loaded.split())
+
+
+SIDE_EFFECTS = """
+import json, logging, os, signal, sys, threading
+import asyncio, importlib, warnings
+
+def state():
+    return {
+        "environment": dict(os.environ),
+        "signals": {int(sig): str(signal.getsignal(sig)) for sig in signal.valid_signals()},
+        "logging": [str(logging.root.handlers), logging.root.level],
+        "threads": threading.active_count(),
+        "files": len(os.listdir("/proc/self/fd")),
+        "policy": str(asyncio.events._event_loop_policy),
+        "filters": len(warnings.filters),
+        "path": sys.path,
+    }
+
+before = state()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+after = state()
+print(json.dumps({key: [before[key], after[key]] for key in before if before[key] != after[key]}))
+"""
+
+
+def test_imports_have_no_side_effects() -> None:
+    names = [f"asupervise.{name}" for name in modules() if name not in ("__main__", "__init__")]
+    argv = [sys.executable, "-c", SIDE_EFFECTS, "asupervise", *names]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {}
+    assert done.stderr == ""
+
+
+# --- the public names ---------------------------------------------------------------------------
+
+
+def test_every_public_name_resolves() -> None:
+    import asupervise
+
+    for name in asupervise.__all__:
+        assert getattr(asupervise, name) is not None
+    assert len(set(asupervise.__all__)) == len(asupervise.__all__)
+    assert set(asupervise.__all__) <= set(dir(asupervise))
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    import asupervise
+
+    shown = {
+        alias.asname
+        for block in ast.walk(tree("__init__"))
+        if is_for_types(block)
+        for node in ast.walk(block)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert shown == set(asupervise.__all__) - {"__version__"}
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    import asupervise
+
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = asupervise.no_such_name

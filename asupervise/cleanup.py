@@ -88,16 +88,30 @@ class Cleanup:
 
     Args:
         token: what every process of the group inherits in its environment.
+        leaders: processes, by pid and start time, whose sessions belong to the group; for a
+            group that somebody else has started.
+        adopts: whether orphans of the group become our children (a subreaper): then whoever is
+            our child and not ours by other means is one, whatever it did to its environment.
     """
 
-    def __init__(self, token: str) -> None:
+    def __init__(
+        self,
+        token: str,
+        *,
+        leaders: Sequence[tuple[int, int]] = (),
+        adopts: Callable[[int], bool] | None = None,
+    ) -> None:
         self._token = token.encode()
+        self._leaders = leaders
+        self._adopts = adopts
         self._mark = StartMark.now()
         self._handlers: Sequence[SubprocessHandler] = ()
         self._wake = asyncio.Event()
         self._deadline = float("inf")
         self._signal = 0
         self._refused: dict[int, str] = {}
+        # Processes that the supervisor has started beside the workers.
+        self.helpers: set[int] = set()
         self.running = False
 
     def woken_by_exit(self) -> None:
@@ -227,16 +241,36 @@ class Cleanup:
 
     def _escaped(self) -> list[procfs.ProcessEntry]:
         """Everybody alive who carries our token, except the workers that are still running."""
-        started = len(self._handlers)
-        candidates = self._mark.pids_since(started)
+        started = len(self._handlers) + len(self.helpers)
+        candidates = self._mark.pids_since(started) if started else None
+        if candidates == []:
+            return []
         workers = {h.pid for h in self._handlers if h.running}
+        sessions = self._living_sessions()
         return [
             entry
             for entry in procfs.entries(candidates)
             if entry.pid not in workers
             and entry.pid not in self._refused
-            and procfs.environment_holds(entry.pid, self._token)
+            and (
+                entry.session in sessions
+                or procfs.environment_holds(entry.pid, self._token)
+                or (self._adopts is not None and self._is_adopted(entry))
+            )
         ]
+
+    def _living_sessions(self) -> set[int]:
+        """Sessions whose leader is still the process that we mean."""
+        return {
+            pid
+            for pid, start_ticks in self._leaders
+            if (entry := procfs.read_entry(pid)) and entry.start_ticks == start_ticks
+        }
+
+    def _is_adopted(self, entry: procfs.ProcessEntry) -> bool:
+        return (
+            entry.parent_pid == os.getpid() and self._adopts is not None and self._adopts(entry.pid)
+        )
 
     def _survivors(self) -> list[Survivor]:
         ranks = {h.pid: h.local_rank for h in self._handlers}
@@ -252,3 +286,14 @@ class Cleanup:
             )
             for entry in {e.pid: e for e in left}.values()
         ]
+
+
+async def end_orphans(token: str, leaders: Sequence[tuple[int, int]], grace_s: float) -> None:
+    """End a group whose supervisor is gone: the ladder without workers of our own.
+
+    Args:
+        token: the supervisor's.
+        leaders: its workers, by pid and start time.
+        grace_s: seconds from SIGTERM to SIGKILL.
+    """
+    await Cleanup(token, leaders=leaders).run((), signal.SIGTERM, grace_s)

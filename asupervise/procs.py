@@ -12,21 +12,27 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from asupervise import binder, collect, files
+from asupervise import binder, collect, files, procfs
 from asupervise._compat import Exit
 from asupervise.cleanup import Cleanup
 from asupervise.errors import NotSupportedError
 from asupervise.failures import RunProcsResult
+from asupervise.guardian import Guardian, guarded
 from asupervise.handler import SubprocessHandler
 from asupervise.logs import DefaultLogsSpecs, LogsSpecs
 from asupervise.plan import GroupPlan, GroupSpec, WorkerPlan, check_rank_maps, plan_group
+from asupervise.subreaper import subreaping
 
 if TYPE_CHECKING:
     from asupervise.binding import NumaOptions
     from asupervise.streaming import LogStreams
+
+# When the guardian is told who the workers are; see `PContext._introduce_soon`.
+_INTRODUCTION_S = 0.05
 
 DEFAULT_SHUTDOWN_TIMEOUT_S = 30.0
 
@@ -46,6 +52,8 @@ def start_processes(
     stdin: int | None = None,
     cwd: str | None = None,
     shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S,
+    guardian: bool = True,
+    subreaper: bool = False,
 ) -> StartingProcesses:
     """Start one process a local rank, each in its own session.
 
@@ -73,6 +81,12 @@ def start_processes(
         cwd: the workers' working directory.
         shutdown_timeout: seconds between SIGTERM and SIGKILL for the other ranks when one has
             failed.
+        guardian: whether a small process (1 MB, no CPU) watches over the group and ends it,
+            daemonised grandchildren included, when this process is killed.
+        subreaper: whether orphans of the group become children of this process
+            (``PR_SET_CHILD_SUBREAPER``, prctl(2)), which finds even those that have wiped their
+            environment. For programs that own their process, such as the command line: it
+            needs the main thread and SIGCHLD, and reaps every child that it does not know.
 
     Returns:
         An object to ``await`` or to use in ``async with``; both give a :class:`PContext`.
@@ -93,7 +107,14 @@ def start_processes(
         raise ValueError(
             f"start_method: {start_method!r}: expected 'spawn', 'fork' or 'forkserver'"
         )
-    return StartingProcesses(spec, numa_options, cwd, shutdown_timeout)
+    return StartingProcesses(
+        spec,
+        numa_options,
+        cwd=cwd,
+        shutdown_timeout=shutdown_timeout,
+        guardian=guardian,
+        subreaper=subreaper,
+    )
 
 
 def plan_processes(
@@ -111,6 +132,8 @@ def plan_processes(
     stdin: int | None = None,
     cwd: str | None = None,
     shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S,
+    guardian: bool = True,
+    subreaper: bool = False,
 ) -> GroupPlan:
     """What :func:`start_processes` would do with the same arguments; starts nothing.
 
@@ -121,6 +144,7 @@ def plan_processes(
         name, entrypoint, args, envs, logs_specs, log_line_prefixes, start_method, numa_options,
         duplicate_stdout_filters, duplicate_stderr_filters,
         stdin=stdin, cwd=cwd, shutdown_timeout=shutdown_timeout,
+        guardian=guardian, subreaper=subreaper,
     )  # fmt: skip
     return starting.plan()
 
@@ -192,13 +216,11 @@ class StartingProcesses:
         self,
         spec: GroupSpec,
         numa_options: NumaOptions | None,
-        cwd: str | None,
-        shutdown_timeout: float,
+        **options: Any,
     ) -> None:
         self._spec = spec
         self._numa_options = numa_options
-        self._cwd = cwd
-        self._shutdown_timeout = shutdown_timeout
+        self._options = options
         self._context: PContext | None = None
 
     def plan(self) -> GroupPlan:
@@ -207,16 +229,14 @@ class StartingProcesses:
 
     def _plan(self, spec: GroupSpec) -> GroupPlan:
         plan = plan_group(spec, os.environ)
-        files.check_programs(plan.workers, os.environ, self._cwd)
+        files.check_programs(plan.workers, os.environ, self._options.get("cwd"))
         return plan
 
     async def _start(self) -> PContext:
         if self._context is not None:
             raise RuntimeError(f"group {self._spec.name!r} is started already")
         spec = await binder.choose_and_probe(self._spec, self._numa_options, os.environ)
-        self._context = PContext(
-            self._plan(spec), cwd=self._cwd, shutdown_timeout=self._shutdown_timeout
-        )
+        self._context = PContext(self._plan(spec), **self._options)
         await self._context._start()
         return self._context
 
@@ -245,7 +265,13 @@ class PContext:
     """
 
     def __init__(
-        self, plan: GroupPlan, *, cwd: str | None = None, shutdown_timeout: float
+        self,
+        plan: GroupPlan,
+        *,
+        cwd: str | None = None,
+        shutdown_timeout: float,
+        guardian: bool = True,
+        subreaper: bool = False,
     ) -> None:
         self.plan = plan
         self.name = plan.name
@@ -258,7 +284,9 @@ class PContext:
         self._shutdown_timeout = shutdown_timeout
         self._handlers: dict[int, SubprocessHandler] = {}
         self._running = plan.nprocs
-        self._cleanup = Cleanup(plan.token)
+        self._guard = guardian
+        self._subreaper = subreaper
+        self._cleanup = Cleanup(plan.token, adopts=self._is_stranger if subreaper else None)
         self._ending = asyncio.Event()
         self._end_signal, self._end_grace_s = int(signal.SIGTERM), shutdown_timeout
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -380,7 +408,12 @@ class PContext:
         try:
             files.make_folders(self.plan)
             async with _streams_of(self.plan, warnings) as streams:
-                warnings += await self._run(streams)
+                try:
+                    async with self._guarded(warnings) as guardian:
+                        warnings += await self._run(streams, guardian)
+                finally:
+                    if streams is not None:
+                        streams.stop()
             result = await collect.result_of(self.plan, self._handlers, warnings)
         except asyncio.CancelledError:
             self._started.cancel()
@@ -394,21 +427,55 @@ class PContext:
             return RunProcsResult()
         return result
 
-    async def _run(self, streams: LogStreams | None) -> list[str]:
-        try:
-            for worker in self.plan.workers:
-                await self._start_worker(worker, streams)
-            self._started.set_result(None)
-            await self._ending.wait()
-        finally:
-            # For every way to get here: the end that was asked for, a worker that did not
-            # start, this task being cancelled because the loop is shutting down.
-            end = asyncio.get_running_loop().create_task(self._end())
-            await _finished_in_any_case(end)
-            if streams is not None:
-                streams.stop()
-        survivors = end.result()
-        return [str(survivor) for survivor in survivors]
+    @asynccontextmanager
+    async def _guarded(self, warnings: list[str]) -> AsyncIterator[Guardian | None]:
+        if not self._guard:
+            yield None
+            return
+        async with guarded(self.plan.token) as guardian:
+            self._cleanup.helpers = {guardian.pid}
+            yield guardian
+            if guardian.lost:
+                warnings.append(
+                    f"the guardian (process {guardian.pid}) was killed: from then on a SIGKILL "
+                    "of this process would have left the workers running"
+                )
+
+    async def _run(self, streams: LogStreams | None, guardian: Guardian | None) -> list[str]:
+        with ExitStack() as stack:
+            if self._subreaper:
+                reaper = stack.enter_context(subreaping(self._is_stranger))
+                stack.callback(reaper.reap)
+            try:
+                for worker in self.plan.workers:
+                    await self._start_worker(worker, streams)
+                if guardian is not None:
+                    stack.callback(self._introduce_soon(guardian).cancel)
+                self._started.set_result(None)
+                await self._ending.wait()
+            finally:
+                # For every way to get here: the end that was asked for, a worker that did not
+                # start, this task being cancelled because the loop is shutting down.
+                end = asyncio.get_running_loop().create_task(self._end())
+                await _finished_in_any_case(end)
+        return [str(survivor) for survivor in end.result()]
+
+    def _introduce_soon(self, guardian: Guardian) -> asyncio.TimerHandle:
+        # Not at once: a group that is over sooner need not pay for it, and until then the
+        # workers have not had the time to overwrite the environment that they are known by.
+        def introduce() -> None:
+            handlers = self._handlers.values()
+            known = [procfs.read_entry(handler.pid) for handler in handlers if handler.running]
+            guardian.adopt((entry.pid, entry.start_ticks) for entry in known if entry)
+
+        return asyncio.get_running_loop().call_later(_INTRODUCTION_S, introduce)
+
+    def _is_stranger(self, pid: int) -> bool:
+        """Whether a child of this process is none that the group has started itself."""
+        if not self._started.done():
+            return False
+        workers = {handler.pid for handler in self._handlers.values()}
+        return pid not in workers and pid not in self._cleanup.helpers
 
     async def _start_worker(self, worker: WorkerPlan, streams: LogStreams | None) -> None:
         handler = await SubprocessHandler.start(

@@ -1,0 +1,125 @@
+"""The command line's behaviour on signals, for apps that want it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from asupervise.procs import PContext
+
+ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+class SignalHandling:
+    """What signals do to a group: made by :func:`handle_signals`.
+
+    Attributes:
+        received: the first ending signal that came, or None.
+    """
+
+    def __init__(
+        self,
+        ctx: PContext | None,
+        ending: Iterable[int],
+        forwarded: Iterable[int],
+        grace_s: float,
+        on_signal: Callable[[signal.Signals, bool], None] | None,
+    ) -> None:
+        self.received: signal.Signals | None = None
+        self._ctx = ctx
+        self._ending = frozenset(ending)
+        self._forwarded = frozenset(forwarded)
+        self._grace_s = grace_s
+        self._on_signal = on_signal
+        self._again = False
+        self._waiting: list[int] = []
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def attend(self, ctx: PContext) -> None:
+        """From now on signals go to `ctx`; those that have come before do so at once."""
+        self._ctx = ctx
+        waiting, self._waiting = self._waiting, []
+        for sig in waiting:
+            self._act(sig, ctx)
+
+    def on_signal(self, sig: int) -> None:
+        """A signal has come; called in the event loop."""
+        if sig in self._ending:
+            self._again = self.received is not None
+            self.received = self.received or signal.Signals(sig)
+            if self._on_signal is not None:
+                self._on_signal(signal.Signals(sig), self._again)
+        if self._ctx is None:
+            self._waiting.append(sig)
+        else:
+            self._act(sig, self._ctx)
+
+    def _act(self, sig: int, ctx: PContext) -> None:
+        if sig in self._forwarded:
+            ctx.send_signal(sig)
+        elif self._again:
+            self._close(ctx, signal.SIGKILL, 0)
+        else:
+            self._close(ctx, sig, self._grace_s)
+
+    def _close(self, ctx: PContext, sig: int, grace_s: float) -> None:
+        task = asyncio.get_running_loop().create_task(ctx.close(sig, grace_s))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+
+@contextmanager
+def handle_signals(
+    ctx: PContext | None = None,
+    signals: Iterable[int] = ENDING_SIGNALS,
+    *,
+    forward: Iterable[int] = (),
+    shutdown_timeout: float = 30.0,
+    on_signal: Callable[[signal.Signals, bool], None] | None = None,
+) -> Iterator[SignalHandling]:
+    """Let signals end a group as the command line does, for the duration of the context.
+
+    The first of `signals` is passed to the workers, and SIGKILL follows after
+    `shutdown_timeout`; a second one kills them at once. What was installed for those signals
+    before is put back at the end. A handler that the app has put in place with
+    ``loop.add_signal_handler`` is called as well, because the event loop learns of signals by a
+    descriptor.
+
+    Args:
+        ctx: the group; None to name it later with :meth:`SignalHandling.attend`.
+        signals: those that end the group.
+        forward: those that are passed to every worker and end nothing.
+        shutdown_timeout: seconds from the first signal to SIGKILL.
+        on_signal: called with each ending signal and whether it is a further one.
+
+    Raises:
+        ValueError: for a signal that does not exist or cannot be handled, or in another thread
+            than the main one (signal(7): Python delivers signals there).
+
+    Example::
+
+        async with start_processes(...) as ctx:
+            with handle_signals(ctx):
+                result = await ctx.wait()
+    """
+    loop = asyncio.get_running_loop()
+    ending, forwarded = tuple(signals), tuple(forward)
+    handling = SignalHandling(ctx, ending, forwarded, shutdown_timeout, on_signal)
+
+    def handler(sig: int, frame: Any) -> None:
+        loop.call_soon_threadsafe(handling.on_signal, sig)
+
+    replaced: dict[int, Any] = {}
+    try:
+        for sig in dict.fromkeys((*ending, *forwarded)):
+            replaced[sig] = signal.signal(sig, handler)
+        yield handling
+    finally:
+        for sig, previous in replaced.items():
+            # None: installed by other means than Python's, and out of its reach.
+            if previous is not None:
+                signal.signal(sig, previous)

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Coroutine, Generator
@@ -33,14 +35,12 @@ class Exit:
 
     Attributes:
         code: its exit status, negative for a death by signal, as ``Popen.returncode``.
-        wall_time: seconds since the epoch at which we learnt of it.
-        monotonic_ns: the same moment on ``time.monotonic_ns()``, for ordering.
+        monotonic_ns: when we learnt of it, on ``time.monotonic_ns()``.
         peak_rss_bytes: the largest resident set that it ever had, where the kernel told us.
         core_dumped: whether the kernel says that it wrote a core dump; None if unknown.
     """
 
     code: int
-    wall_time: float
     monotonic_ns: int
     peak_rss_bytes: int | None = None
     core_dumped: bool | None = None
@@ -54,11 +54,43 @@ def exit_now(code: int, *, status: int | None = None, peak_kib: int | None = Non
     unit = 1 if sys.platform == "darwin" else 1024
     return Exit(
         code=code,
-        wall_time=time.time(),
         monotonic_ns=time.monotonic_ns(),
         peak_rss_bytes=peak_kib * unit if peak_kib else None,
         core_dumped=os.WCOREDUMP(status) if status is not None else None,
     )
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a child of ours has ended, also where nobody has told us yet; reaps nothing.
+
+    False where that cannot be asked (``os.waitid`` is missing on macOS before Python 3.13).
+    """
+    if not hasattr(os, "waitid"):
+        return False
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True  # reaped already, by the event loop or by somebody in the host
+
+
+class Child:
+    """A started process whose exit is waited for; made by :func:`spawn`.
+
+    Attributes:
+        pid: its process id.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, stop_waiting: Callable[[], None]):
+        self.pid = process.pid
+        self._process = process
+        self._stop_waiting = stop_waiting
+
+    def abandon(self) -> None:
+        """Wait no longer: for a process that cannot be ended. It stays unreaped."""
+        self._stop_waiting()
+        # Otherwise asyncio complains, once it is collected, that it was not closed. There is no
+        # public way: `Process` has none.
+        self._process._transport.close()  # type: ignore[attr-defined]
 
 
 class _ReapingWatcher:
@@ -67,7 +99,9 @@ class _ReapingWatcher:
     def __init__(self, loop: asyncio.AbstractEventLoop, on_exit: ExitCallback) -> None:
         self._loop = loop
         self._on_exit = on_exit
-        self.armed = False
+        self._pid = 0
+        self._pidfd = -1
+        self._tell_asyncio: Callable[[int], object] = int
 
     def __enter__(self) -> _ReapingWatcher:
         return self
@@ -78,36 +112,65 @@ class _ReapingWatcher:
     def is_active(self) -> bool:
         return True
 
-    def add_child_handler(self, pid: int, callback: Callable[..., object], *args: object) -> None:
-        pidfd = os.pidfd_open(pid)
-        self._loop.add_reader(pidfd, self._reap, pidfd, pid, callback, args)
-        self.armed = True
+    @property
+    def was_asked(self) -> bool:
+        return self._pid != 0
 
-    def _reap(
-        self, pidfd: int, pid: int, callback: Callable[..., object], args: tuple[object, ...]
-    ) -> None:
-        self._loop.remove_reader(pidfd)
-        os.close(pidfd)
+    def add_child_handler(self, pid: int, callback: Callable[..., object], *args: object) -> None:
+        self._pid = pid
+        self._tell_asyncio = lambda code: callback(pid, code, *args)
         try:
-            _, status, usage = os.wait4(pid, 0)
+            self._pidfd = os.pidfd_open(pid)
+        except OSError:
+            # No descriptor is left (EMFILE). Nobody would ever hear of this child.
+            os.kill(pid, signal.SIGKILL)
+            self._tell_asyncio(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            raise
+        self._loop.add_reader(self._pidfd, self._on_readable)
+
+    def stop(self) -> None:
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _on_readable(self) -> None:
+        self.stop()
+        ended = self._reap(os.WNOHANG)
+        if ended is not None:
+            self._finish(ended)
+            return
+        # A tracer (strace, gdb) is told first, and until it has looked there is nothing to reap
+        # for the parent (ptrace(2)): the one case that needs a thread.
+        reaping = self._loop.run_in_executor(None, self._reap, 0)
+        reaping.add_done_callback(lambda done: self._finish(done.result()))
+
+    def _reap(self, options: int) -> Exit | None:
+        try:
+            pid, status, usage = os.wait4(self._pid, options)
         except ChildProcessError:
             # Somebody in the host reaped it (waitpid(-1), SIGCHLD ignored): the status is gone.
-            ended = exit_now(255)
-        else:
-            code = os.waitstatus_to_exitcode(status)
-            ended = exit_now(code, status=status, peak_kib=usage.ru_maxrss)
+            return exit_now(255)
+        if pid == 0:
+            return None
+        code = os.waitstatus_to_exitcode(status)
+        return exit_now(code, status=status, peak_kib=usage.ru_maxrss)
+
+    def _finish(self, ended: Exit | None) -> None:
+        assert ended is not None, "a blocking wait has a result"
         self._on_exit(ended)
-        callback(pid, ended.code, *args)
+        self._tell_asyncio(ended.code)
 
 
 if _HAS_WATCHERS:
 
     class _WatcherPolicy(asyncio.AbstractEventLoopPolicy):
-        """The host's policy in everything but the child watcher."""
+        """The host's policy in everything but the child watcher, and that for this thread only."""
 
         def __init__(self, host: asyncio.AbstractEventLoopPolicy, watcher: _ReapingWatcher) -> None:
             self._host = host
             self._watcher = watcher
+            self._thread = threading.get_ident()
 
         def get_event_loop(self) -> asyncio.AbstractEventLoop:
             return self._host.get_event_loop()
@@ -119,19 +182,27 @@ if _HAS_WATCHERS:
             return self._host.new_event_loop()
 
         def get_child_watcher(self) -> Any:
-            return self._watcher
+            if threading.get_ident() == self._thread:
+                return self._watcher
+            return self._host.get_child_watcher()
 
         def set_child_watcher(self, watcher: Any) -> None:
             self._host.set_child_watcher(watcher)
 
 
+# The policy is one for the whole process: two loops in two threads must not put back each other's.
+# By process, because a forked child may inherit a lock that is held.
+_policy_locks: dict[int, threading.Lock] = {}
+
+
 def _first_step(coro: Coroutine[Any, Any, Any], watcher: _ReapingWatcher) -> Any:
-    host = asyncio.get_event_loop_policy()
-    asyncio.set_event_loop_policy(_WatcherPolicy(host, watcher))
-    try:
-        return coro.send(None)
-    finally:
-        asyncio.set_event_loop_policy(host)
+    with _policy_locks.setdefault(os.getpid(), threading.Lock()):
+        host = asyncio.get_event_loop_policy()
+        asyncio.set_event_loop_policy(_WatcherPolicy(host, watcher))
+        try:
+            return coro.send(None)
+        finally:
+            asyncio.set_event_loop_policy(host)
 
 
 @types.coroutine
@@ -155,11 +226,11 @@ def _started_with(
         return stop.value
 
 
-async def spawn(
-    argv: tuple[str, ...], *, on_exit: ExitCallback, **options: Any
-) -> asyncio.subprocess.Process:
+async def spawn(argv: tuple[str, ...], *, on_exit: ExitCallback, **options: Any) -> Child:
     """Start a process with ``asyncio.create_subprocess_exec``; `on_exit` is called once, in
     the loop, when it has ended and is reaped. No thread is used, however many children.
+
+    Where this is cancelled, the process is killed.
 
     Args:
         argv: program and arguments.
@@ -174,12 +245,11 @@ async def spawn(
     if _HAS_WATCHERS and _waits_by_watcher(loop):
         watcher = _ReapingWatcher(loop, on_exit)
         process: asyncio.subprocess.Process = await _started_with(start, watcher)
-        if watcher.armed:
-            return process
+        if watcher.was_asked:
+            return Child(process, watcher.stop)
     else:
         process = await start
-    _learn_from_wait(process, on_exit)
-    return process
+    return Child(process, _learn_from_wait(process, on_exit))
 
 
 def _waits_by_watcher(loop: asyncio.AbstractEventLoop) -> bool:
@@ -189,23 +259,54 @@ def _waits_by_watcher(loop: asyncio.AbstractEventLoop) -> bool:
 _waiters: set[asyncio.Task[None]] = set()
 
 
-def _learn_from_wait(process: asyncio.subprocess.Process, on_exit: ExitCallback) -> None:
+def _learn_from_wait(
+    process: asyncio.subprocess.Process, on_exit: ExitCallback
+) -> Callable[[], None]:
+    """Call `on_exit` when the process has ended; returns what stops the waiting."""
+    stopped = False
+
     async def wait() -> None:
-        code = await process.wait()
-        on_exit(exit_now(code, peak_kib=None))
+        while not stopped:
+            try:
+                code = await process.wait()
+            except asyncio.CancelledError:
+                # At its end ``asyncio.run`` cancels every task; those that end the workers then
+                # must still learn of their exits.
+                continue
+            on_exit(exit_now(code))
+            return
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = True
+        task.cancel()
 
     # The loop keeps weak references to tasks only (asyncio.create_task's documentation).
     task = asyncio.get_running_loop().create_task(wait(), name=f"exit of {process.pid}")
     _waiters.add(task)
     task.add_done_callback(_waiters.discard)
+    return stop
 
 
 async def run_quietly(argv: tuple[str, ...], **options: Any) -> int:
     """Run a short-lived command and return its exit status, as :func:`spawn` without threads.
 
+    Where this is cancelled, the process is killed.
+
     Raises:
         OSError: if it cannot be started.
     """
-    ended: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-    await spawn(argv, on_exit=ended.set_result, **options)
-    return (await ended).code
+    exits: list[Exit] = []
+    ended = asyncio.Event()
+
+    def on_exit(exit: Exit) -> None:
+        exits.append(exit)
+        ended.set()
+
+    child = await spawn(argv, on_exit=on_exit, **options)
+    try:
+        await ended.wait()
+    finally:
+        if not exits:
+            os.kill(child.pid, signal.SIGKILL)
+    return exits[0].code

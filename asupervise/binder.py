@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from asupervise.errors import BindingError
-from asupervise.plan import GroupSpec
+from asupervise.spec import GroupSpec
 
 if TYPE_CHECKING:
     from asupervise.binding import BindingTools, NumaOptions
@@ -53,8 +53,11 @@ async def choose_and_probe(
     Raises:
         BindingError: with the tool's own words.
     """
-    bound = choose(spec, options, parent_env)
-    if options is None or not bound.bindings or bound.tools is None:
+    if options is None:
+        return spec
+    # In a thread: /sys of a large machine is thousands of small files.
+    bound = await asyncio.to_thread(choose, spec, options, parent_env)
+    if not bound.bindings or bound.tools is None:
         return bound
     from asupervise.binding import rewrite_argv
 
@@ -68,8 +71,7 @@ async def choose_and_probe(
 def _unbound(spec: GroupSpec, options: NumaOptions, exc: BindingError) -> GroupSpec:
     if not options.should_fall_back_if_binding_fails:
         raise exc
-    print(f"asupervise: running unbound: {exc}", file=sys.stderr)
-    return spec
+    return replace(spec, warnings=(*spec.warnings, f"running unbound: {exc}"))
 
 
 def find_tools(env: Mapping[str, str]) -> BindingTools:
@@ -87,6 +89,14 @@ def _which(program: str, env: Mapping[str, str]) -> str | None:
     return None
 
 
+def _said(read_fd: int) -> str:
+    os.set_blocking(read_fd, False)
+    try:
+        return os.read(read_fd, _PROBE_OUTPUT_BYTES).decode(errors="replace").strip()
+    except BlockingIOError:
+        return ""  # it said nothing, and left somebody behind who might
+
+
 async def _run(argv: tuple[str, ...], env: Mapping[str, str]) -> str | None:
     """Run a short command; None if it succeeded, else what it said."""
     from asupervise._compat import run_quietly
@@ -97,12 +107,10 @@ async def _run(argv: tuple[str, ...], env: Mapping[str, str]) -> str | None:
             code = await run_quietly(
                 argv, env=dict(env), stdin=subprocess.DEVNULL, stdout=write_fd, stderr=write_fd
             )
+        except OSError as exc:
+            return exc.strerror or str(exc)
         finally:
             os.close(write_fd)
-        if code == 0:
-            return None
-        return os.read(read_fd, _PROBE_OUTPUT_BYTES).decode(errors="replace").strip() or (
-            f"exit status {code}"
-        )
+        return None if code == 0 else _said(read_fd) or f"exit status {code}"
     finally:
         os.close(read_fd)

@@ -14,7 +14,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -26,6 +26,8 @@ KILL_WAIT_S = 5.0
 # The grace of descendants that outlived their worker: nobody is left who could need them.
 SWEEP_GRACE_S = 1.0
 _SWEEP_ROUNDS = 20
+# How long a look at the stacks of those about to be killed may take.
+_LAST_LOOK_S = 8.0
 # Within this time the kernel cannot have used up its range of pids and come round again.
 _NO_WRAP_S = 0.5
 
@@ -92,6 +94,8 @@ class Cleanup:
             group that somebody else has started.
         adopts: whether orphans of the group become our children (a subreaper): then whoever is
             our child and not ours by other means is one, whatever it did to its environment.
+        before_kill: awaited, for a bounded time, when the grace is over and a worker still
+            runs, unless somebody is in a hurry.
     """
 
     def __init__(
@@ -100,10 +104,12 @@ class Cleanup:
         *,
         leaders: Sequence[tuple[int, int]] = (),
         adopts: Callable[[int], bool] | None = None,
+        before_kill: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._token = token.encode()
         self._leaders = leaders
         self._adopts = adopts
+        self._before_kill = before_kill
         self._mark = StartMark.now()
         self._handlers: Sequence[SubprocessHandler] = ()
         self._wake = asyncio.Event()
@@ -143,11 +149,23 @@ class Cleanup:
         if self._somebody_left():
             self._signal_groups(sig)
             if not await self._groups_gone():
+                await self._last_look()
                 self._signal_groups(signal.SIGKILL)
                 self._deadline = time.monotonic() + KILL_WAIT_S
                 await self._groups_gone()
         await self._sweep(sig)
         return self._survivors()
+
+    async def _last_look(self) -> None:
+        workers_run = any(handler.running for handler in self._handlers)
+        if self._before_kill is None or not workers_run or self._signal == signal.SIGKILL:
+            return
+        try:
+            async with asyncio.timeout(_LAST_LOOK_S):
+                await self._before_kill()
+        except TimeoutError:
+            # What was found until then is kept by whoever looked.
+            pass
 
     def _somebody_left(self) -> bool:
         return any(h.running for h in self._handlers) or bool(self._stragglers())

@@ -18,12 +18,10 @@ from asupervise.errors import SupervisorError
 from asupervise.options import LaunchOptions, UsageError, help_text, parse_options
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Iterable
 
     from asupervise.failures import RunProcsResult
     from asupervise.job import Job
-    from asupervise.procs import PContext
 
 __all__ = ["main"]
 
@@ -94,80 +92,40 @@ def _handled(options: LaunchOptions) -> tuple[Signals, ...]:
 
 
 async def _supervise(job: Job, handled: Iterable[Signals]) -> int:
-    import asyncio
-
     from asupervise.procs import start_processes
+    from asupervise.signals import handle_signals
 
-    loop = asyncio.get_running_loop()
-    shutdown = _Shutdown(job.arguments["shutdown_timeout"])
+    grace_s = job.arguments["shutdown_timeout"]
     # Before anything is started: a signal that arrives while the workers start is not lost.
-    for sig in handled:
-        loop.add_signal_handler(sig, shutdown.on_signal, sig)
-
-    try:
-        ctx = await start_processes(**job.arguments)
-    except (SupervisorError, ValueError, OSError) as error:
-        return _refuse(error)
-    async with ctx:
-        shutdown.attend(ctx)
-        result = await ctx.wait()
+    with handle_signals(
+        None, handled, shutdown_timeout=grace_s, on_signal=_announce_end
+    ) as handling:
+        try:
+            ctx = await start_processes(**job.arguments)
+        except (SupervisorError, ValueError, OSError) as error:
+            return _refuse(error)
+        async with ctx:
+            handling.attend(ctx)
+            result = await ctx.wait()
     assert result is not None, "wait() without a timeout returns a result"
-    return _concluded(job, result, shutdown)
+    return _concluded(job, result, handling.received)
 
 
-class _Shutdown:
-    """What signals do to us: the first is forwarded to the workers, a second one kills them."""
-
-    def __init__(self, grace_s: float) -> None:
-        self.signal: Signals | None = None
-        self._grace_s = grace_s
-        self._hurried = False
-        self._ctx: PContext | None = None
-        self._closing: list[asyncio.Task[None]] = []
-
-    @property
-    def status(self) -> int:
-        """The exit status of a job that was ended by a signal."""
-        return 128 + (self.signal or 0)
-
-    def on_signal(self, sig: Signals) -> None:
-        """Called in the event loop."""
-        if self.signal is None:
-            self.signal = sig
-            _say(f"asupervise: {sig.name}: ending the workers (again: kill them)")
-        else:
-            self._hurried = True
-            _say(f"asupervise: {sig.name} again: killing the workers")
-        self._pass_on()
-
-    def attend(self, ctx: PContext) -> None:
-        """From now on signals end this group; one that has come already does so at once."""
-        self._ctx = ctx
-        self._pass_on()
-
-    def _pass_on(self) -> None:
-        if self._ctx is None or self.signal is None:
-            return
-        if self._hurried:
-            self._close(self._ctx, Signals.SIGKILL, 0)
-        else:
-            self._close(self._ctx, self.signal, self._grace_s)
-
-    def _close(self, ctx: PContext, sig: Signals, grace_s: float) -> None:
-        import asyncio
-
-        # Kept, for the loop knows its tasks by weak references only.
-        self._closing.append(asyncio.ensure_future(ctx.close(sig, grace_s)))
+def _announce_end(sig: Signals, again: bool) -> None:
+    if again:
+        _say(f"asupervise: {sig.name} again: killing the workers")
+    else:
+        _say(f"asupervise: {sig.name}: ending the workers (again: kill them)")
 
 
-def _concluded(job: Job, result: RunProcsResult, shutdown: _Shutdown) -> int:
+def _concluded(job: Job, result: RunProcsResult, received: Signals | None) -> int:
     """Say how the job ended; returns the exit status."""
     for warning in result.warnings:
         _say(f"warning: {warning}")
     if result.root_cause is not None:
         _report(job, result)
-    if shutdown.signal is not None:
-        return shutdown.status
+    if received is not None:
+        return 128 + received
     if not result.is_failed():
         return 0
     from asupervise.failures import exit_status
@@ -252,4 +210,4 @@ def _open_standard_streams() -> None:
             assert opened == fd, "descriptors are given out from the lowest"
             os.set_inheritable(fd, True)
         if getattr(sys, name) is None:
-            setattr(sys, name, open(fd, mode, closefd=False))
+            setattr(sys, name, os.fdopen(fd, mode, closefd=False))

@@ -4,26 +4,71 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from asupervise import files
+from asupervise._compat import Exit
 from asupervise.failures import ProcessFailure, RunProcsResult, read_error_file
 from asupervise.handler import SubprocessHandler
 from asupervise.plan import GroupPlan
 
-_STDERR_TAIL_BYTES = 8192
+_STDERR_TAIL_BYTES = 16384
 _STDERR_TAIL_LINES = 20
+# Where the interpreter's own words about its end begin (faulthandler's documentation).
+_FATAL = "Fatal Python error: "
+
+DetailsOf = Callable[[SubprocessHandler, Exit, bool], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class WallClock:
+    """Turns monotonic times into wall-clock times, by one reading of both clocks.
+
+    All of a group's times come from one such reading: a step of the system's clock cannot change
+    the order of its ranks. It is taken when the group has ended, so that a step long before does
+    not part our times from those that the workers wrote into their error files.
+    """
+
+    wall_ns: int
+    monotonic_ns: int
+
+    @classmethod
+    def now(cls) -> WallClock:
+        return cls(time.time_ns(), time.monotonic_ns())
+
+    def seconds(self, monotonic_ns: int) -> float:
+        """The time in seconds since the epoch.
+
+        Example:
+            >>> WallClock(wall_ns=1_700_000_000 * 10**9, monotonic_ns=50).seconds(50 - 10**9)
+            1699999999.0
+        """
+        return (self.wall_ns - self.monotonic_ns + monotonic_ns) / 10**9
 
 
 async def result_of(
-    plan: GroupPlan, handlers: Mapping[int, SubprocessHandler], warnings: list[str]
+    plan: GroupPlan,
+    handlers: Mapping[int, SubprocessHandler],
+    warnings: list[str],
+    details_of: DetailsOf,
 ) -> RunProcsResult:
-    """The result of a group that has ended. Reads what failed workers left, in a thread."""
+    """The result of a group that has ended. Reads what failed workers left, in a thread.
+
+    Args:
+        plan: of the group.
+        handlers: its workers, by local rank.
+        warnings: what went wrong beside them.
+        details_of: further fields of a worker's failure; called in the thread.
+    """
     failed = [h for _, h in sorted(handlers.items()) if h.exit is None or h.exit.code != 0]
     if not failed:
         removed = await files.remove_run_folder(plan)
         return _result(plan, {}, warnings, removed=removed)
-    failures = await asyncio.to_thread(lambda: [_failure(handler) for handler in failed])
+    clock = WallClock.now()
+    failures = await asyncio.to_thread(lambda: [_failure(h, clock, details_of) for h in failed])
     return _result(plan, {f.local_rank: f for f in failures}, warnings, removed=False)
 
 
@@ -43,31 +88,32 @@ def _result(
     )
 
 
-def _failure(handler: SubprocessHandler) -> ProcessFailure:
+def _failure(handler: SubprocessHandler, clock: WallClock, details_of: DetailsOf) -> ProcessFailure:
     exit = handler.exit_or_unkillable()
     path = handler.plan.error_file
-    record = (
-        read_error_file(path, not_before=handler.started_at, not_after=exit.wall_time)
-        if path
-        else None
-    )
-    our_signals, signalled_at = handler.our_signals(exit)
+    started_at, observed_at = clock.seconds(handler.started_ns), clock.seconds(exit.monotonic_ns)
+    record = read_error_file(path, not_before=started_at, not_after=observed_at) if path else None
+    our_signals, signalled_ns = handler.our_signals(exit)
     return ProcessFailure.from_exit(
         local_rank=handler.local_rank,
         pid=handler.pid,
         exitcode=exit.code,
         error_file=path or "",
         record=record,
-        observed_at=exit.wall_time,
+        observed_at=observed_at,
         observed_monotonic_ns=exit.monotonic_ns,
         our_signals=our_signals,
-        signalled_at=signalled_at,
+        signalled_at=None if signalled_ns is None else clock.seconds(signalled_ns),
         stderr_tail=_last_lines(handler.plan.stderr),
+        **details_of(handler, exit, bool(our_signals)),
     )
 
 
 def _last_lines(path: str | None) -> str:
     if not path or path == os.devnull:
         return ""
-    lines = files.read_tail(path, _STDERR_TAIL_BYTES).splitlines()
+    text = files.read_tail(path, _STDERR_TAIL_BYTES)
+    if _FATAL in text:
+        return text[text.rindex(_FATAL) :]
+    lines = text.splitlines()
     return "\n".join(lines[-_STDERR_TAIL_LINES:])

@@ -1,21 +1,52 @@
 """Writing to whatever ``sys.stdout`` is, without ever blocking the event loop.
 
 One :class:`Console` stands for one stream in one event loop, shared by all tailers of all
-groups there, so that a line of one is never put into the middle of another's.
+groups there, so that a line of one is never put into the middle of another's. Streams that end
+in the same place (``2>&1``) share a :class:`Screen`, for the same reason.
 """
 
 from __future__ import annotations
 
 import asyncio
 import codecs
+import fcntl
+import io
 import os
 import select
-from collections.abc import Iterator
+import stat
+import struct
+import termios
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from typing import Any, TextIO
+from functools import partial
+from typing import Any, TextIO, TypeVar
 
 from asupervise.framing import Framed
+
+T = TypeVar("T")
+
+# So much is handed over without a thread at the most, to a pipe that is empty and holds
+# `_PIPE_BYTES` or more; what the host itself has printed and not flushed (8 KiB of text and as
+# much of bytes, at the most) fits beside it.
+_AT_ONCE_BYTES = 16 * 1024
+_PIPE_BYTES = 64 * 1024
+# How many tailers may have a block in their hands that the console has not taken yet: enough
+# to read one while another is written, however many tailers there are.
+_BLOCKS_AHEAD = 4
+
+
+class Screen:
+    """A place that one or several streams write to: a terminal, a pipe, a file.
+
+    Attributes:
+        turn: held by whoever writes; a tailer keeps it over the pieces of one very long line.
+        unfinished_by: whose line stands there without its end.
+    """
+
+    def __init__(self) -> None:
+        self.turn = asyncio.Lock()
+        self.unfinished_by: object | None = None
 
 
 class Console:
@@ -25,23 +56,34 @@ class Console:
     (``\\xff``) where it takes text alone (a notebook's stream, ``io.StringIO``).
 
     Args:
-        stream: as ``sys.stdout``.
+        stream: as ``sys.stdout``; None, as that may be, takes nothing.
         executor: where blocking writes run.
+        screen: where it is known that another stream ends in the same place.
+
+    Attributes:
+        blocks: taken by a tailer for as long as it holds a block for this console, so that a
+            reader that is slow makes us wait, and not our memory grow.
+        broken: why the stream takes nothing any more, or None.
     """
 
-    def __init__(self, stream: TextIO, executor: Executor) -> None:
-        self._stream = stream
+    def __init__(
+        self, stream: TextIO | None, executor: Executor, screen: Screen | None = None
+    ) -> None:
+        self._stream: Any = stream
         self._executor = executor
-        self._turn = asyncio.Lock()
-        self._unfinished_by: object | None = None
+        self._screen = screen or Screen()
         self._fd = _descriptor(stream)
+        self._empty_pipe_takes = self._fd is not None and _is_large_pipe(self._fd)
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-        self.broken: OSError | None = None
+        self.blocks = asyncio.Semaphore(_BLOCKS_AHEAD)
+        self.broken: Exception | None = None
+        if stream is None:
+            self.broken = ValueError("there is no such stream")
 
     @property
     def turn(self) -> asyncio.Lock:
-        """Held by whoever writes; a tailer keeps it over the pieces of one very long line."""
-        return self._turn
+        """To be held while writing; see :class:`Screen`."""
+        return self._screen.turn
 
     async def write(self, owner: object, framed: Framed) -> None:
         """Write what `owner` has framed; `turn` must be held.
@@ -50,72 +92,155 @@ class Console:
         stream whose reader has gone (EPIPE) takes nothing any more; see :attr:`broken`.
         """
         data = self._joined(owner, framed)
-        if data and self.broken is None:
+        if not data or self.broken is not None:
+            return
+        try:
             await self._put(data)
+        except Exception as exc:
+            # Its reader has gone (EPIPE), the disk is full, the host has closed it under us
+            # (ValueError), or it is an object of the host's that raises what it likes. The
+            # workers go on, and the result says what was not shown.
+            self.broken = exc
 
     def _joined(self, owner: object, framed: Framed) -> bytes:
-        resumes = self._unfinished_by is owner
+        screen = self._screen
+        resumes = screen.unfinished_by is owner
         lead = framed.resumed if resumes else framed.fresh
-        if self._unfinished_by is not None and not resumes:
-            if not (lead or framed.rest):
-                return b""
+        if not (lead or framed.rest):
+            return b""
+        if screen.unfinished_by is not None and not resumes:
             lead = b"\n" + lead
-        self._unfinished_by = owner if framed.unfinished else None
+        screen.unfinished_by = owner if framed.unfinished else None
         return lead + framed.rest if framed.rest else lead
 
     async def _put(self, data: bytes) -> None:
-        try:
-            if self._fd is None:
-                self._write_here(data)
-            else:
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(
-                    self._executor, _write_bytes, self._stream, self._fd, data
-                )
-        except OSError as exc:
-            self.broken = exc
-        except ValueError as exc:
-            # "I/O operation on closed file": the host has closed its stream under us.
-            self.broken = OSError(str(exc))
-
-    def _write_here(self, data: bytes) -> None:
-        # No descriptor: memory, or a notebook's stream that hands on without blocking. Such
-        # streams tell by the calling thread whose cell it is, so it has to be this one.
-        stream: Any = self._stream
-        buffer = getattr(stream, "buffer", None)
-        stream.flush()
-        if buffer is not None:
-            buffer.write(data)
-            buffer.flush()
+        stream, fd = self._stream, self._fd
+        if fd is not None:
+            taken = self._write_at_once(data) if self._empty_pipe_takes else 0
+            if taken < len(data):
+                await self._in_thread(_write_to_descriptor, stream, fd, memoryview(data)[taken:])
+        elif not _has_byte_layer(stream):
+            await self._write_text(self._decoder.decode(data))
+        elif _descriptor_below(stream) is None:
+            _write_to_buffer(stream, data)
         else:
-            stream.write(self._decoder.decode(data))
-            stream.flush()
+            # Compressed, a socket: something of its own stands between the stream and its file.
+            await self._in_thread(_write_to_buffer, stream, data)
+
+    async def _in_thread(self, call: Callable[..., object], *args: object) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
+
+    def _write_at_once(self, data: bytes) -> int:
+        """Write as much as a pipe takes without any waiting: a thread would cost 0.1 ms."""
+        assert self._fd is not None
+        if len(data) > _AT_ONCE_BYTES or _waiting_bytes(self._fd):
+            return 0
+        self._stream.flush()
+        try:
+            # Unlike O_NONBLOCK this flag is not shared with the others that have the pipe open.
+            return os.pwritev(self._fd, (data,), -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except BrokenPipeError:
+            raise
+        except OSError:
+            # EOPNOTSUPP: Linux knows this for pipes since 6.4.
+            self._empty_pipe_takes = False
+            return 0
+
+    async def _write_text(self, text: str) -> None:
+        # An object of the host's own. It is called in this thread, because it may tell by it
+        # which cell of a notebook is meant, or not be made for several; where it has a
+        # descriptor it is asked for no more than that takes without waiting.
+        fd = _descriptor_below(self._stream)
+        size = len(text) if fd is None else select.PIPE_BUF // 4
+        for start in range(0, len(text), size):
+            if fd is not None:
+                await self._in_thread(_wait_writable, fd)
+            _write_characters(self._stream, text[start : start + size])
+
+
+def _has_byte_layer(stream: Any) -> bool:
+    """Whether writing bytes to its buffer is the same as writing text to the stream."""
+    # One that has its own `write` wants to see what is written (pytest's ``tee-sys``).
+    return isinstance(stream, io.TextIOWrapper) and type(stream).write is io.TextIOWrapper.write
 
 
 def _descriptor(stream: Any) -> int | None:
     """The stream's descriptor, if writing bytes there is the same as writing to the stream."""
+    if not _has_byte_layer(stream):
+        return None
+    buffer = stream.buffer
+    return _descriptor_below(stream) if isinstance(_raw(buffer), io.FileIO) else None
+
+
+def _raw(buffer: Any) -> Any:
+    return buffer.raw if isinstance(buffer, io.BufferedWriter) else buffer
+
+
+def _descriptor_below(stream: Any) -> int | None:
+    """The descriptor that the stream says it has."""
     try:
         fd: int = stream.fileno()
         os.fstat(fd)
-    except (AttributeError, OSError, ValueError):
+    except (AttributeError, OSError, TypeError, ValueError):
         return None
     return fd
 
 
-def _write_bytes(stream: TextIO, fd: int, data: bytes) -> None:
+def _is_large_pipe(fd: int) -> bool:
+    if not hasattr(os, "RWF_NOWAIT") or not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return False
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) >= _PIPE_BYTES
+    except (AttributeError, OSError):
+        return False
+
+
+def _waiting_bytes(fd: int) -> int:
+    """How much stands in a pipe that its reader has not taken yet."""
+    (waiting,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))
+    return int(waiting)
+
+
+def _write_to_descriptor(stream: TextIO, fd: int, data: memoryview) -> None:
     # What the host has printed comes first. Flushing is safe in another thread; writing *text*
     # there is not: two writers can overwrite each other's pending text (torch's tee loses lines
     # so), which is why our bytes go to the descriptor.
-    stream.flush()
-    view = memoryview(data)
-    while view:
+    _patiently(fd, stream.flush)
+    while data:
+        data = data[_patiently(fd, partial(os.write, fd, data)) :]
+
+
+def _patiently(fd: int, call: Callable[[], T]) -> T:
+    while True:
         try:
-            view = view[os.write(fd, view) :]
+            return call()
         except BlockingIOError:
             # Somebody has made the pipe or terminal non-blocking (it is shared with us).
-            poller = select.poll()
-            poller.register(fd, select.POLLOUT)
-            poller.poll()
+            _wait_writable(fd)
+
+
+def _wait_writable(fd: int) -> None:
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    poller.poll()
+
+
+def _write_to_buffer(stream: TextIO, data: bytes) -> None:
+    stream.flush()
+    stream.buffer.write(data)
+    stream.buffer.flush()
+
+
+def _write_characters(stream: Any, text: str) -> None:
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        stream.write(text.encode("ascii", "backslashreplace").decode())
+    # Not every object that is put into `sys.stdout` has it.
+    if (flush := getattr(stream, "flush", None)) is not None:
+        flush()
 
 
 class Consoles:
@@ -123,17 +248,38 @@ class Consoles:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._in_use: dict[int, tuple[Console, int, TextIO]] = {}
+        self._in_use: dict[int, tuple[Console, int, TextIO | None]] = {}
+        self._screens: dict[object, tuple[Screen, int]] = {}
 
     @contextmanager
-    def shared(self, stream: TextIO) -> Iterator[Console]:
+    def shared(self, stream: TextIO | None) -> Iterator[Console]:
         """The one :class:`Console` of `stream`, for the duration of the context."""
-        key = id(stream)
-        console, users, _ = self._in_use.get(key) or (Console(stream, self._executor), 0, stream)
-        self._in_use[key] = console, users + 1, stream
+        with self._screen_of(stream) as screen:
+            key = id(stream)
+            console, users, _ = self._in_use.get(key) or (
+                Console(stream, self._executor, screen), 0, stream,
+            )  # fmt: skip
+            self._in_use[key] = console, users + 1, stream
+            try:
+                yield console
+            finally:
+                console, users, _ = self._in_use.pop(key)
+                if users > 1:
+                    self._in_use[key] = console, users - 1, stream
+
+    @contextmanager
+    def _screen_of(self, stream: TextIO | None) -> Iterator[Screen]:
+        fd = _descriptor(stream)
+        if fd is None:
+            place: object = id(stream)
+        else:
+            status = os.fstat(fd)
+            place = status.st_dev, status.st_ino
+        screen, users = self._screens.get(place) or (Screen(), 0)
+        self._screens[place] = screen, users + 1
         try:
-            yield console
+            yield screen
         finally:
-            console, users, _ = self._in_use.pop(key)
+            screen, users = self._screens.pop(place)
             if users > 1:
-                self._in_use[key] = console, users - 1, stream
+                self._screens[place] = screen, users - 1

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 __all__ = ["fair_share", "log_line_prefix", "rank_environments", "substitute_macros"]
 
 # What string.Template recognises: "$$", "$name", "${name}".
-_PLACEHOLDER = re.compile(r"\$(?:(\$)|([_a-zA-Z][_a-zA-Z0-9]*)|\{([_a-zA-Z][_a-zA-Z0-9]*)\})")
+_PLACEHOLDER = r"\$(?:(\$)|([_a-zA-Z][_a-zA-Z0-9]*)|\{([_a-zA-Z][_a-zA-Z0-9]*)\})"
 
 
 def rank_environments(
@@ -188,4 +188,4 @@ def _fill(text: str, bare: Mapping[str, str], braced: Mapping[str, str]) -> str:
         known, key = (bare, name) if name else (braced, name_in_braces)
         return known.get(key, found[0])
 
-    return _PLACEHOLDER.sub(value, text)
+    return re.sub(_PLACEHOLDER, value, text) if "$" in text else text

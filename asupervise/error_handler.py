@@ -60,8 +60,12 @@ class ErrorHandler:
         """Prepare the process, before the recorded function runs.
 
         Has the interpreter print the stacks of all threads to stderr when it dies of a fault
-        (SIGSEGV, SIGFPE, SIGABRT, SIGBUS, SIGILL), unless the program has arranged for that.
+        (SIGSEGV, SIGFPE, SIGABRT, SIGBUS, SIGILL), unless the program has arranged for that; and
+        lets the supervisor ask for the stacks while it runs.
         """
+        from asupervise.worker import arm_stack_dumps
+
+        arm_stack_dumps()
         if faulthandler.is_enabled():
             return
         try:

@@ -313,6 +313,11 @@ class ProcessFailure:
         observed_monotonic_ns: the same on the monotonic clock, for the order of observation.
         stderr_tail: the last lines of its stderr, where that went into a file.
         note: anything else that the user should know, in a sentence.
+        cause: why it died, where its exit code does not say it: a hang, the OOM killer, a
+            SIGKILL from outside, a core dump.
+        peak_rss_bytes: the most resident memory that it ever had, or None if unknown.
+        last_rss_bytes: its resident memory when last sampled, or None.
+        stack: where it was before it was ended, in a line; "" if nobody looked.
 
     Example:
         >>> failure = ProcessFailure(3, 4711, -9, "<N/A>", record=None)
@@ -330,6 +335,10 @@ class ProcessFailure:
     observed_monotonic_ns: int | None = field(default=None, kw_only=True)
     stderr_tail: str = field(default="", kw_only=True, repr=False)
     note: str = field(default="", kw_only=True)
+    cause: str = field(default="", kw_only=True)
+    peak_rss_bytes: int | None = field(default=None, kw_only=True)
+    last_rss_bytes: int | None = field(default=None, kw_only=True)
+    stack: str = field(default="", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         if self.record is _UNREAD:
@@ -350,8 +359,8 @@ class ProcessFailure:
         observed_monotonic_ns: int | None = None,
         our_signals: Collection[int] = (),
         signalled_at: float | None = None,
-        stderr_tail: str = "",
-        note: str = "",
+        own: bool | None = None,
+        **details: Any,
     ) -> ProcessFailure:
         """Make a failure from an observed exit, and decide whether we were the cause of it.
 
@@ -359,15 +368,18 @@ class ProcessFailure:
             our_signals: the signals that we sent before the exit was observed.
             signalled_at: when we sent the first of them, in seconds since the epoch; None where
                 the worker was already dead by then, or was sent none.
+            own: whether it failed by itself, where that is known by other means (a hang).
+            details: further fields of the class.
 
         The other arguments are those of the class. Does no I/O.
         """
-        own = failed_by_itself(
-            exitcode,
-            our_signals=our_signals,
-            signalled_at=signalled_at,
-            error_time=record.timestamp if record is not None else None,
-        )
+        if own is None:
+            own = failed_by_itself(
+                exitcode,
+                our_signals=our_signals,
+                signalled_at=signalled_at,
+                error_time=record.timestamp if record is not None else None,
+            )
         return cls(
             local_rank,
             pid,
@@ -377,8 +389,7 @@ class ProcessFailure:
             ended_by_us=not own,
             observed_at=observed_at,
             observed_monotonic_ns=observed_monotonic_ns,
-            stderr_tail=stderr_tail,
-            note=note,
+            **details,
         )
 
     @property
@@ -645,6 +656,8 @@ class ChildFailedError(SupervisorError):
         others = blocks or ["  <NO_OTHER_FAILURES>"]
         if ended:
             others.append(f"Ended by the supervisor: {_grouped(ended)}")
+        if stacks := _stack_groups(self.failures):
+            others.append(f"Where they were before they were ended:\n{stacks}")
         root = _block(0, *own[0], _ROOT_TEXT_CHARS, with_stderr=True) if own else _ALL_ENDED
         return "\n".join(others), root
 
@@ -670,11 +683,32 @@ def _fields(rank: int, failure: ProcessFailure, limit: int) -> list[tuple[str, s
         ("host", os.uname().nodename),  # not getfqdn(): DNS can hold it up for seconds
         ("rank", f"{rank} (local_rank: {failure.local_rank})"),
         ("exitcode", f"{failure.exitcode} (pid: {failure.pid}){signal_text}"),
+        ("cause", _printable(failure.cause)),
+        ("memory", _memory_text(failure)),
+        ("stack", _printable(failure.stack)),
         ("error_file", _printable(failure.error_file)),
         ("note", _printable(_join(failure.note, record_note))),
         ("traceback", _cut_middle(_printable(text).rstrip("\n"), limit) or _NOT_AVAILABLE),
     ]
     return [(label, text) for label, text in fields if text]
+
+
+def _memory_text(failure: ProcessFailure) -> str:
+    """For a death by SIGKILL alone: otherwise memory is beside the point."""
+    known = (("peak", failure.peak_rss_bytes), ("last seen", failure.last_rss_bytes))
+    if exit_status(failure.exitcode) != 128 + signal.SIGKILL:
+        return ""
+    return ", ".join(f"{label} {size / (1 << 20):.1f} MiB" for label, size in known if size)
+
+
+def _stack_groups(failures: Mapping[int, ProcessFailure]) -> str:
+    """``ranks 0-6: in wait (job.py:3)`` for each different stack, the largest group first."""
+    groups: dict[str, list[int]] = {}
+    for rank, failure in sorted(failures.items()):
+        if failure.stack:
+            groups.setdefault(failure.stack, []).append(rank)
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[1]))
+    return "\n".join(f"  {_ranks_text(ranks)}: {_printable(stack)}" for stack, ranks in ordered)
 
 
 def _grouped(failures: Mapping[int, ProcessFailure]) -> str:

@@ -4,8 +4,6 @@ Pure. A reader of a value raises ValueError with what was expected; `options` ad
 variable the text came from.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import signal
@@ -17,7 +15,7 @@ __all__ = ["FLAGS", "NPROC_WORDS", "Flag"]
 # --- the text of a value -> the value --------------------------------------------------------
 
 NPROC_WORDS: Final = ("auto", "cpu", "gpu", "xpu")
-_HOST = re.compile(r"[\w.:%-]+")
+_HOST: Final = r"[\w.:%-]+"
 _CANNOT_BE_HANDLED: Final = ("SIGKILL", "SIGSTOP", "SIGCHLD")
 
 
@@ -101,7 +99,7 @@ def _host(text: str) -> str:
     host = text.strip()
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
-    if not _HOST.fullmatch(host):
+    if not re.fullmatch(_HOST, host):
         raise ValueError("expected a host name, an IPv4 address or an IPv6 address")
     return host
 
@@ -324,18 +322,18 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         ),
     ),
     "Where the ranks meet": (
-        Flag("--standalone", "One node, on a free port; overrides the flags below."),
-        Flag("--master-addr", "MASTER_ADDR of the workers (default: 127.0.0.1).", _host, "HOST"),
-        Flag("--master-port", "MASTER_PORT of the workers (default: a free one).", _port, "PORT"),
+        Flag("--standalone", "On this machine, on a free port; overrides all but --local-addr."),
         Flag(
             "--local-addr",
-            "This node's address: MASTER_ADDR where no other is given.",
+            "This machine's address: MASTER_ADDR where no other is given (default: 127.0.0.1).",
             _host,
             "HOST",
         ),
+        Flag("--master-addr", "MASTER_ADDR of the workers.", _host, "HOST"),
+        Flag("--master-port", "MASTER_PORT of the workers (default: a free one).", _port, "PORT"),
         Flag(
             "--rdzv-backend",
-            "static: the endpoint is MASTER_ADDR and MASTER_PORT; c10d: a free port is chosen "
+            "static: the endpoint is MASTER_ADDR and MASTER_PORT; c10d: as --standalone "
             "(default: static).",
             _backend,
             "NAME",

@@ -4,18 +4,23 @@ A :class:`LineFramer` is fed whatever a read returned and says what may be shown
 bytes arrive in pieces, each line comes out once, whole, in order, with one prefix at its start.
 Memory stays bounded: an unfinished line longer than `max_held` is given out in pieces, and the
 part of a progress bar that a carriage return has overwritten is dropped at once.
+
+A :class:`LineFilter` picks the lines that hold one of several strings.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 MAX_HELD_BYTES = 1 << 20
+# A match in so many bytes or more often is "dense", see `LineFilter`.
+_DENSE_BYTES = 512
 
-# What a carriage return has overwritten: everything in a line up to its last "\r" that a
-# character follows. "\r\n" at the end is a line ending and stays as it is.
-_OVERWRITTEN = re.compile(rb"[^\n]*\r(?=[^\r\n])")
+# A carriage return that a character follows: what stands before it in its line is overwritten.
+# Those at the end of a line belong to its ending ("\r\n") and stay as they are.
+_next_overwrite = re.compile(rb"\r(?=[^\r\n])").search
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,8 @@ class Framed:
     Attributes:
         resumed: the beginning, if our unfinished line is still the console's last one.
         fresh: the beginning otherwise: with its prefix, and with the part already shown
-            where that is still known, so that the whole line is there in one piece.
+            where that is still known, so that the whole line is there in one piece. Empty if
+            all of the line is there but its end, which whoever wrote since has supplied.
         rest: what follows in both cases.
         unfinished: whether the last line is without its end.
     """
@@ -55,14 +61,20 @@ class LineFramer:
         b'[w0]:wor\n'
     """
 
+    # Thousands of workers have two each, most of them silent.
+    __slots__ = ("_head_gone", "_held", "_max_held", "_overwrites", "_prefix", "_shown")
+
     def __init__(self, prefix: bytes, *, max_held: int = MAX_HELD_BYTES) -> None:
         self._prefix = prefix
-        self._separator = b"\n" + prefix
         self._max_held = max_held
+        self._reset()
+
+    def _reset(self) -> None:
         self._held = b""
-        # How much of the held line is on the console, and whether text before it is, too, that
-        # is no longer held because the line was too long.
+        # How much of the held text is on the console: -1 for something that has been
+        # overwritten since.
         self._shown = 0
+        # Whether text before it is there, too, that was too long to be held.
         self._head_gone = False
         self._overwrites = False
 
@@ -92,35 +104,30 @@ class LineFramer:
         if not end:
             return self._grow(data)
         first = data.find(b"\n") + 1
-        lead = self._begin(self._held + data[:first])
-        rest = self._prefixed(data[first:end])
+        resumed, fresh = self._completed(data[:first])
+        rest = self._prefixed(data[first : end - 1]) if first < end else b""
         self._reset()
         # What follows the last newline cannot complete a line, but may be too long to be held.
         grown = self._grow(data[end:])
         if grown is not None:
-            return Framed(lead[0], lead[1], rest + grown.fresh, unfinished=True)
-        return Framed(*lead, rest, unfinished=False)
+            return Framed(resumed, fresh, rest + grown.fresh, unfinished=True)
+        return Framed(resumed, fresh, rest, unfinished=False)
 
     def peek(self) -> Framed | None:
         """Give out what there is of an unfinished line, which then is known to be shown."""
         if not self.unfinished:
             return None
-        lead = self._begin(self._held)
+        resumed, fresh = self._begin(self._held)
         self._shown = len(self._held)
-        return Framed(*lead, b"", unfinished=True)
+        return Framed(resumed, fresh, b"", unfinished=True)
 
     def end(self) -> Framed | None:
         """The stream has ended: give out what is left, with a newline after it."""
         if not (self._held or self._head_gone):
             return None
-        if self.unfinished:
-            lead = self._begin(self._held + b"\n")
-        else:
-            # All of it is on the console but for the newline, which whoever wrote there after
-            # us has supplied already.
-            lead = (b"\n", b"")
+        resumed, fresh = self._completed(b"\n")
         self._reset()
-        return Framed(*lead, b"", unfinished=False)
+        return Framed(resumed, fresh, b"", unfinished=False)
 
     def _grow(self, data: bytes) -> Framed | None:
         """Add to the begun line."""
@@ -128,95 +135,201 @@ class LineFramer:
             return None
         held = self._held + data
         if b"\r" in held:
-            kept = _OVERWRITTEN.sub(b"", held)
+            kept = _without_overwritten(held)
             if len(kept) < len(held):
                 self._overwrites = True
                 # What is on the console is not the beginning of this line any more.
-                self._shown = -1 if self._shown else 0
+                self._shown = -1 if self._is_on_console() else 0
+                self._head_gone = False
             held = kept
         self._held = held
         if len(held) <= self._max_held:
             return None
-        lead = self._begin(held)
+        resumed, fresh = self._begin(held)
         self._held, self._shown, self._head_gone = b"", 0, True
-        return Framed(*lead, b"", unfinished=True)
+        return Framed(resumed, fresh, b"", unfinished=True)
+
+    def _completed(self, tail: bytes) -> tuple[bytes, bytes]:
+        """The two beginnings (resumed, fresh) of the begun line, which `tail` ends."""
+        only_its_end = not tail.rstrip(b"\r\n")
+        if only_its_end and self._is_on_console() and not self.unfinished:
+            return tail, b""
+        return self._begin(self._held + tail)
+
+    def _is_on_console(self) -> bool:
+        return self._shown != 0 or self._head_gone
 
     def _begin(self, line: bytes) -> tuple[bytes, bytes]:
         """The two beginnings (resumed, fresh) of the line that is being built."""
-        whole = _OVERWRITTEN.sub(b"", line) if b"\r" in line else line
+        whole = _without_overwritten(line) if b"\r" in line else line
         fresh = self._prefix + whole
-        if self._head_gone:
-            return whole, fresh
-        if self._shown <= 0:
-            # Nothing of it is shown, or something that has been overwritten since.
-            return (b"\n" + fresh if self._shown else fresh), fresh
-        if len(whole) < len(line):
+        if not self._is_on_console():
+            return fresh, fresh
+        if self._shown < 0 or len(whole) < len(line):
+            # What is there has been overwritten: its present state goes on a line of its own.
             return b"\n" + fresh, fresh
         return whole[self._shown :], fresh
 
     def _prefixed(self, lines: bytes) -> bytes:
-        if not lines:
-            return b""
+        """Whole lines, given without the last one's newline."""
         if b"\r" in lines:
-            lines = _OVERWRITTEN.sub(b"", lines)
-        return self._prefix + lines[:-1].replace(b"\n", self._separator) + b"\n"
+            lines = _without_overwritten(lines)
+        prefix = self._prefix
+        return b"".join((prefix, lines.replace(b"\n", b"\n" + prefix), b"\n"))
 
-    def _reset(self) -> None:
-        self._held, self._shown, self._head_gone, self._overwrites = b"", 0, False, False
+
+def _without_overwritten(lines: bytes) -> bytes:
+    # By hand: a pattern that spans the line would go back and forth in each one of them, in
+    # quadratic time where a long one ends with "\r\n".
+    kept: list[bytes] = []
+    position = 0
+    while (found := _next_overwrite(lines, position)) is not None:
+        start = max(position, lines.rfind(b"\n", position, found.start()) + 1)
+        end = lines.find(b"\n", found.end())
+        line = lines[found.start() : end if end >= 0 else len(lines)]
+        last = line.rfind(b"\r", 0, len(line.rstrip(b"\r")))
+        kept += (lines[position:start], line[last + 1 :])
+        position = found.start() + len(line)
+    kept.append(lines[position:])
+    return b"".join(kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """The matching lines that a block completed, in order.
+
+    Attributes:
+        long: where in the stream a line stands that matches and was too long to be held, its
+            newline included if it has one. It comes before `lines`.
+        lines: the others, each with its prefix.
+    """
+
+    long: tuple[int, int] | None
+    lines: bytes
 
 
 class LineFilter:
     r"""Picks the whole lines that hold any of the given strings.
 
+    A line is matched as the worker wrote it, its newline included, and given out as such.
+
     Args:
         needles: substrings, searched as UTF-8; an empty one matches every line.
         prefix: put before each line given out.
+        max_held: how many bytes of an unfinished line are held at the most.
 
     Example:
-        >>> LineFilter(["loss"], b"[w0]:").feed(b"step 1\nloss 3\nlo")
+        >>> LineFilter(["loss"], b"[w0]:").feed(b"step 1\nloss 3\nlo").lines
         b'[w0]:loss 3\n'
     """
 
     def __init__(
-        self, needles: list[str], prefix: bytes, *, max_held: int = MAX_HELD_BYTES
+        self, needles: Iterable[str], prefix: bytes, *, max_held: int = MAX_HELD_BYTES
     ) -> None:
-        parts = (re.escape(n.encode("utf-8", "surrogateescape")) for n in needles)
-        # One search in C over the whole block; only the lines that match are touched in Python.
-        self._search = re.compile(b"|".join(parts)).search
+        self._needles = _distinct(n.encode("utf-8", "surrogateescape") for n in needles)
+        # So much of a line that is not held is kept to find a needle across two blocks.
+        self._overlap = max((len(needle) for needle in self._needles), default=1) - 1
         self._prefix = prefix
         self._max_held = max_held
+        # Where most lines match, going from match to match is ten times slower than looking at
+        # each line; which of the two it is, the last block tells.
+        self._dense = False
+        self._may_be_dense = not any(needle.endswith(b"\n") for needle in self._needles)
+        self._search = re.compile(b"|".join(map(re.escape, self._needles))).search
         self._held = b""
-        self._skipping = False
+        self._read = 0
+        self._long_from: int | None = None
+        self._long_matches = False
 
-    def feed(self, data: bytes) -> bytes:
-        """The matching lines that `data` completed, each with its prefix."""
+    @property
+    def prefix(self) -> bytes:
+        return self._prefix
+
+    def feed(self, data: bytes) -> Picked:
+        """Take what was read; returns the matching lines that it completed."""
+        begins = self._read
+        self._read += len(data)
         end = data.rfind(b"\n") + 1
         if not end:
             self._hold(self._held + data)
-            return b""
+            return Picked(None, b"")
+        long = None
         block = self._held + data[:end]
-        if self._skipping:
-            # The beginning of this line was too long to be held and is gone.
-            block = block[block.find(b"\n") + 1 :]
-            self._skipping = False
+        if self._long_from is not None:
+            first = data.find(b"\n") + 1
+            long = self._long_ended(block[: len(self._held) + first], begins + first)
+            block = data[first:end]
         self._held = b""
         self._hold(data[end:])
-        return self._matching(block)
+        return Picked(long, self._matching(block))
 
-    def end(self) -> bytes:
-        """The stream has ended: its last line, if it matches."""
-        return self.feed(b"\n") if self._held else b""
+    def end(self) -> Picked:
+        """The stream has ended: its last line, if it matches. What follows is a new stream."""
+        picked = Picked(None, b"")
+        if self._long_from is not None:
+            picked = Picked(self._long_ended(self._held + b"\n", self._read), b"")
+        elif self._held:
+            picked = Picked(None, self._matching(self._held + b"\n"))
+        self._held, self._read = b"", 0
+        return picked
 
     def _hold(self, tail: bytes) -> None:
-        if len(tail) > self._max_held:
-            tail, self._skipping = b"", True
-        self._held = tail
+        if self._long_from is None and len(tail) <= self._max_held:
+            self._held = tail
+            return
+        if self._long_from is None:
+            self._long_from = self._read - len(tail)
+        self._long_matches = self._long_matches or self._is_in(tail)
+        self._held = tail[len(tail) - self._overlap :] if len(tail) > self._overlap else tail
+
+    def _long_ended(self, tail: bytes, at: int) -> tuple[int, int] | None:
+        start, matches = self._long_from, self._long_matches or self._is_in(tail)
+        self._long_from, self._long_matches = None, False
+        return (start, at) if matches and start is not None else None
+
+    def _is_in(self, text: bytes) -> bool:
+        return any(needle in text for needle in self._needles)
 
     def _matching(self, block: bytes) -> bytes:
-        found: list[bytes] = []
-        position = 0
-        while position < len(block) and (match := self._search(block, position)):
-            start = block.rfind(b"\n", 0, match.start()) + 1
-            position = block.find(b"\n", match.start()) + 1
-            found += (self._prefix, block[start:position])
-        return b"".join(found)
+        """The matching lines of a block of whole lines."""
+        if not (block and self._needles):
+            return b""
+        if self._needles == (b"\n",):
+            lines = block[:-1].split(b"\n")
+        elif self._dense:
+            lines = list(filter(self._search, block[:-1].split(b"\n")))
+        else:
+            lines = list(_lines_at(block, self._needles))
+        self._dense = self._may_be_dense and len(lines) * _DENSE_BYTES > len(block)
+        if not lines:
+            return b""
+        prefix = self._prefix
+        return b"".join((prefix, (b"\n" + prefix).join(lines), b"\n"))
+
+
+def _distinct(needles: Iterable[bytes]) -> tuple[bytes, ...]:
+    """Those that can match, without those that hold another one: it finds their lines, too."""
+    # A line has its newline at the end, and no other. An empty needle is in every line, as its
+    # newline is.
+    possible = {needle or b"\n" for needle in needles if b"\n" not in needle[:-1]}
+    distinct: list[bytes] = []
+    for needle in sorted(possible, key=lambda needle: (needle != b"\n", len(needle))):
+        if distinct != [b"\n"] and not any(other in needle for other in distinct):
+            distinct.append(needle)
+    return tuple(distinct)
+
+
+def _lines_at(block: bytes, needles: tuple[bytes, ...]) -> Iterator[bytes]:
+    """The lines, without their newline, that hold a needle, by going from match to match."""
+    # `bytes.find` is several times faster than `re`, also once for each of a few needles.
+    nexts = [block.find(needle) for needle in needles]
+    position = 0
+    while (found := min((at for at in nexts if at >= 0), default=-1)) >= 0:
+        start = block.rfind(b"\n", position, found) + 1 or position
+        end = block.find(b"\n", found)
+        yield block[start:end]
+        position = end + 1
+        nexts = [
+            block.find(needle, position) if 0 <= at < position else at
+            for at, needle in zip(nexts, needles, strict=True)
+        ]

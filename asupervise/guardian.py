@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import weakref
@@ -19,12 +20,14 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from asupervise._compat import Exit, spawn
+from asupervise.shielding import run_in_any_case
 
 # Between SIGTERM and SIGKILL for orphans. Their supervisor is gone, and with it whoever could
 # have told them how long they have; within a second all is to be over, Python's start included.
 ORPHAN_GRACE_S: Final = 0.25
 
 _GOODBYE: Final = b"goodbye\n"
+_GOODBYE_LIMIT_S: Final = 2.0
 # Each line names workers, "<pid>:<start time>" each. At the end of the pipe: become the sweeper.
 _SHELL: Final = """\
 workers=
@@ -55,6 +58,7 @@ class Guardian:
         self.pid = 0
         self.lost = False
         self._said_goodbye = False
+        self._exited = asyncio.Event()
         self._pipe = -1
 
     async def start(self) -> None:
@@ -90,6 +94,7 @@ class Guardian:
 
     def _on_exit(self, exit: Exit) -> None:
         self.lost = not self._said_goodbye
+        self._exited.set()
 
     def adopt(self, workers: Iterable[tuple[int, int]]) -> None:
         """Name workers, by pid and start time in ticks.
@@ -99,11 +104,19 @@ class Guardian:
         """
         self._write(" ".join(f"{pid}:{start}" for pid, start in workers).encode() + b"\n")
 
-    def say_goodbye(self) -> None:
-        """Everything has ended in order: the guardian is to go."""
-        self._said_goodbye = True
-        self._write(_GOODBYE)
-        self._close()
+    async def say_goodbye(self) -> None:
+        """Everything has ended in order: the guardian is to go. Returns when it has."""
+        if not self._said_goodbye:
+            self._said_goodbye = True
+            self._write(_GOODBYE)
+            self._close()
+        try:
+            async with asyncio.timeout(_GOODBYE_LIMIT_S):
+                await self._exited.wait()
+        except TimeoutError:
+            # Somebody has stopped it.
+            os.kill(self.pid, signal.SIGKILL)
+            await self._exited.wait()
 
     def _write(self, line: bytes) -> None:
         try:
@@ -157,7 +170,7 @@ async def guarded(token: str) -> AsyncIterator[Guardian]:
     try:
         yield guardian
     finally:
-        guardian.say_goodbye()
+        await run_in_any_case(guardian.say_goodbye)
 
 
 def sweep(words: list[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import IO
 
 from asupervise import procfs
-from asupervise._compat import Exit, exit_now, spawn
+from asupervise._compat import Child, Exit, exit_now, has_ended, spawn
 from asupervise.plan import WorkerPlan
 
 # Appending, so that a log that somebody truncates goes on at its new end instead of leaving a
@@ -30,7 +30,7 @@ class SubprocessHandler:
     Attributes:
         plan: what was started.
         pid: its process id, which is its process group's and session's id as well.
-        started_at: when it was started, in seconds since the epoch.
+        started_ns: when it was started, on ``time.monotonic_ns()``.
         exit: how it ended, or None while it runs.
         stragglers: members of its group that were alive when it ended.
 
@@ -48,13 +48,13 @@ class SubprocessHandler:
         self.pid = 0
         self.exit: Exit | None = None
         self.stragglers: tuple[procfs.ProcessEntry, ...] = ()
-        self.started_at = 0.0
+        self.started_ns = 0
         self._ended_with: set[int] = set()
-        self._ended_at: float | None = None
+        self._told_to_end_ns: int | None = None
         self._passed_on: set[int] = set()
         self._on_exit = on_exit
         self._exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        self._process: asyncio.subprocess.Process | None = None
+        self._child: Child | None = None
 
     @classmethod
     async def start(
@@ -78,9 +78,9 @@ class SubprocessHandler:
         """
         self = cls(plan, on_exit)
         opened: list[IO[bytes]] = []
-        self.started_at = time.time()
+        self.started_ns = time.monotonic_ns()
         try:
-            self._process = await spawn(
+            self._child = await spawn(
                 plan.argv,
                 on_exit=self._ended,
                 stdin=None if plan.stdin else subprocess.DEVNULL,
@@ -95,7 +95,7 @@ class SubprocessHandler:
         finally:
             for file in opened:
                 file.close()
-        self.pid = self._process.pid
+        self.pid = self._child.pid
         if self.exit is not None:
             self._settle(self.exit)
         return self
@@ -144,34 +144,48 @@ class SubprocessHandler:
         Raises:
             PermissionError: if the kernel does not let us (a worker that changed its user).
         """
-        if self.running:
+        if self._may_be_changed():
             self._passed_on.add(sig)
-            if group:
-                return procfs.send_to_group(self.pid, sig)
-            os.kill(self.pid, sig)
-            return True
-        return any([procfs.send_to_process(entry, sig) for entry in self.stragglers])
+        return self._send(sig, group=group)
+
+    def _send(self, sig: int, *, group: bool = True) -> bool:
+        if not self.running:
+            return any([procfs.send_to_process(entry, sig) for entry in self.stragglers])
+        if group:
+            return procfs.send_to_group(self.pid, sig)
+        os.kill(self.pid, sig)
+        return True
+
+    def _may_be_changed(self) -> bool:
+        # A worker that has crashed a moment ago, unknown to us so far, did so by itself, whatever
+        # we send now.
+        return self.running and not has_ended(self.pid)
 
     def close(self, death_sig: int = signal.SIGTERM) -> bool:
         """Ask the whole group to end (see :meth:`send_signal`); a stopped one is continued."""
-        if self.running:
+        if self._may_be_changed():
             self._ended_with.add(death_sig)
-            self._ended_at = self._ended_at or time.time()
-        reached = self.send_signal(death_sig)
+            self._told_to_end_ns = self._told_to_end_ns or time.monotonic_ns()
+        reached = self._send(death_sig)
         if reached and death_sig != signal.SIGKILL:
-            self.send_signal(signal.SIGCONT)
+            self._send(signal.SIGCONT)
         return reached
 
-    def our_signals(self, exit: Exit) -> tuple[set[int], float | None]:
-        """The signals of ours that may explain `exit`, and when the first was sent.
+    def abandon(self) -> None:
+        """Wait no longer for a process that even SIGKILL did not end."""
+        if self._child is not None and self.running:
+            self._child.abandon()
+
+    def our_signals(self, exit: Exit) -> tuple[set[int], int | None]:
+        """The signals of ours that may explain `exit`, and when the first was sent (monotonic).
 
         A signal that was passed on without the wish to end the worker explains only a death by
         just that signal.
         """
-        if self._ended_at is not None:
-            return self._ended_with, self._ended_at
+        if self._told_to_end_ns is not None:
+            return self._ended_with, self._told_to_end_ns
         passed_on = {sig for sig in self._passed_on if exit.code in (-sig, 128 + sig)}
-        return passed_on, exit.wall_time if passed_on else None
+        return passed_on, exit.monotonic_ns if passed_on else None
 
     def exit_or_unkillable(self) -> Exit:
         """How it ended; for one that even SIGKILL did not end, as if that had."""

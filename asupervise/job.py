@@ -326,6 +326,4 @@ def _bound_shares(arguments: Mapping[str, Any], workers: int) -> dict[int, int]:
         frozenset(worker.binding.cpus) if worker.binding else allowed for worker in plan.workers
     ]
     sharing = Counter(bound)
-    return {
-        rank: fair_share(cpus.count_cores(own), sharing[own]) for rank, own in enumerate(bound)
-    }
+    return {rank: fair_share(cpus.count_cores(own), sharing[own]) for rank, own in enumerate(bound)}

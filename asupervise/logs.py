@@ -8,7 +8,6 @@ folders are made when the group starts, and the caller's dictionaries are left a
 from __future__ import annotations
 
 import os
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -204,7 +203,7 @@ class DefaultLogsSpecs(LogsSpecs):
             base = self._root_log_dir or os.environ.get("TMPDIR") or "/tmp"
             safe = run_id.replace("/", "_").replace("\0", "_")[:100]
             stem = safe if self._root_log_dir else f"asupervise_{safe}"
-            self._run_dir = os.path.join(os.path.abspath(base), f"{stem}_{secrets.token_hex(4)}")
+            self._run_dir = os.path.join(os.path.abspath(base), f"{stem}_{os.urandom(4).hex()}")
             self._attempts = set()
         self._attempts.add(attempt)
         return self._run_dir

@@ -6,10 +6,10 @@ or else that of ``PET_<FIELD>`` in the environment (torchrun's habit), or else i
 
 from __future__ import annotations
 
-import argparse
+import re
 import signal
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from asupervise.errors import SupervisorError
 from asupervise.flags import FLAGS, Flag
@@ -77,7 +77,8 @@ class LaunchOptions(NamedTuple):
 
 _ALL: dict[str, Flag] = {flag.name: flag for group in FLAGS.values() for flag in group}
 _SHORT: dict[str, Flag] = {flag.short[1]: flag for flag in _ALL.values() if flag.short}
-_ABOUT_US = ("help", "version")
+_ABOUT_US = frozenset({"help", "version"})
+_OVERRIDDEN_BY_STANDALONE = frozenset({"rdzv_backend", "rdzv_endpoint", "rdzv_id"})
 
 
 def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> LaunchOptions:
@@ -95,157 +96,101 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> LaunchOpti
         >>> options.nproc_per_node, options.script, options.script_args
         (2, 'train.py', ('--epochs', '3'))
     """
-    words, command = _split(argv)
-    namespace, unknown = _parser().parse_known_args(words)
-    typed: dict[str, Any] = vars(namespace)
-    if any(name in typed for name in _ABOUT_US):
-        return LaunchOptions(**{name: name in typed for name in _ABOUT_US})
-    if unknown:
-        raise _unknown_flag(unknown[0])
+    typed, command = _typed(argv)
+    if not _ABOUT_US.isdisjoint(typed):
+        return LaunchOptions(help="help" in typed, version="version" in typed)
     values = _values(typed, environ)
     script, *args = command or [""]
     return _checked(LaunchOptions(script=script, script_args=tuple(args), **values))
 
 
-def help_text() -> str:
-    """What ``--help`` prints."""
-    return _parser().format_help()
+# --- which flags were typed ------------------------------------------------------------------
+
+# What argparse makes of "--" among the script's arguments differs between Python versions, it
+# takes two spellings of a flag for an ambiguity, and it costs every start 5 ms.
 
 
-# --- where the flags end and the script begins -----------------------------------------------
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own flags, under their full names, and the script with its arguments, untouched.
-
-    Argparse's REMAINDER cannot be left to do that: what it makes of ``--`` in the script's
-    arguments differs between Python versions, and it knows no second spelling of a flag.
-    """
-    words: list[str] = []
+def _typed(argv: Sequence[str]) -> tuple[dict[str, str | bool], list[str]]:
+    """The texts of the flags by field; the script with its arguments, untouched."""
+    typed: dict[str, str | bool] = {}
     rest = list(argv)
-    while rest:
-        word = rest[0]
+    while rest and rest[0].startswith("-") and rest[0] != "-" and _ABOUT_US.isdisjoint(typed):
+        word = rest.pop(0)
         if word == "--":
-            return words, rest[1:]
-        if not word.startswith("-") or word == "-":
-            return words, rest
-        del rest[0]
-        word, wants_value = _long(word) if word.startswith("--") else _cluster(word)
-        words.append(word)
-        if wants_value and rest:
-            words.append(rest.pop(0))
-    return words, []
+            break
+        typed.update(_long(word, rest) if word.startswith("--") else _letters(word, rest))
+    return typed, rest
 
 
-def _long(word: str) -> tuple[str, bool]:
-    """A word such as ``--tee=3`` with the flag's full name, and whether a value follows it."""
+def _long(word: str, rest: list[str]) -> dict[str, str | bool]:
     name, equals, value = word.partition("=")
-    name = _full_name(name.replace("_", "-"))
-    flag = _ALL.get(name)
-    return name + equals + value, flag is not None and flag.read is not None and not equals
+    flag = _named(name)
+    if flag.read is None:
+        if equals:
+            raise UsageError(f"{flag.name} is a switch and takes no value, got {value!r}")
+        return {flag.field: flag.negates is None}
+    return {flag.field: value if equals else _next_word(flag, rest)}
 
 
-def _full_name(name: str) -> str:
-    """The flag that `name` abbreviates; `name` itself where that is unknown or not clear."""
-    if name in _ALL:
-        return name
-    for candidates in (_names(ours=False), _names(ours=True)):
-        matching = [full for full in candidates if full.startswith(name)]
-        if matching:
-            return matching[0] if len(matching) == 1 else name
-    return name
-
-
-def _names(*, ours: bool) -> Iterable[str]:
-    return (flag.name for flag in _ALL.values() if flag.ours is ours)
-
-
-def _cluster(word: str) -> tuple[str, bool]:
-    """A word such as ``-mr``, and whether a value follows it."""
+def _letters(word: str, rest: list[str]) -> dict[str, str | bool]:
+    """Of a word such as ``-m``, ``-r3`` or ``-mr``."""
+    typed: dict[str, str | bool] = {}
     for position, letter in enumerate(word[1:], 2):
         flag = _SHORT.get(letter)
         if flag is None:
-            break
+            raise UsageError(f"there is no flag -{letter}", hint=_HINT_SCRIPT)
         if flag.read is not None:
-            return word, position == len(word)
-    return word, False
+            value = word[position:].removeprefix("=")
+            return {**typed, flag.field: value or _next_word(flag, rest)}
+        typed[flag.field] = True
+    return typed
 
 
-# --- argparse --------------------------------------------------------------------------------
-
-_USAGE = """\
-%(prog)s [flags] SCRIPT [arguments of the script]
-       %(prog)s [flags] -m MODULE [arguments of the module]
-       %(prog)s [flags] --no-python PROGRAM [arguments of the program]"""
-
-_DESCRIPTION = """\
-Starts a group of ranked workers, watches them, shows what they print, says
-which rank failed first and why, and leaves no process behind."""
-
-_EPILOG = """\
-Flags stand before SCRIPT; what follows it is the script's own. In there,
-${local_rank} is filled in for each worker, and so are ${rank}, ${world_size}
-and ${local_world_size}; $$ stands for $.
-
-A flag's default is taken from the variable PET_<NAME>, as PET_NPROC_PER_NODE=4.
-PYTHON_EXEC, where it is set, is the Python that runs SCRIPT. OMP_NUM_THREADS,
-where it is not, becomes each worker's fair share of the cores.
-
-Exit status: 0; that of the worker that failed first (128+N where signal N ended
-it); 2 where the command line is wrong; 128+N where signal N ended the job."""
+def _next_word(flag: Flag, rest: list[str]) -> str:
+    if not rest or re.match(r"-(-|[a-zA-Z])", rest[0]):
+        raise UsageError(f"{flag.name} needs a value", hint=f"{flag.name}={flag.metavar}")
+    return rest.pop(0)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, hint=_HELP_HINT)
+def _named(name: str) -> Flag:
+    """The flag of this name, in either spelling, or of which this is the start."""
+    dashed = name.replace("_", "-")
+    if dashed in _ALL:
+        return _ALL[dashed]
+    for ours in (False, True):
+        alike = [flag for flag in _ALL.values() if flag.ours is ours and _starts(flag, dashed)]
+        if len(alike) > 1:
+            names = ", ".join(flag.name for flag in alike)
+            raise UsageError(f"{name} may stand for more than one flag: {names}")
+        if alike:
+            return alike[0]
+    raise _unknown_flag(name, dashed)
 
 
-_HELP_HINT = "--help lists all flags"
+def _starts(flag: Flag, name: str) -> bool:
+    return flag.name.startswith(name)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="asupervise",
-        usage=_USAGE,
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        add_help=False,
-    )
-    for heading, flags in FLAGS.items():
-        group = parser.add_argument_group(heading)
-        for flag in flags:
-            _add(group, flag)
-    return parser
+_HINT_SCRIPT = "flags of the script stand after the script"
 
 
-def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
-    names = [flag.short, flag.name] if flag.short else [flag.name]
-    # argparse formats help texts with "%".
-    text = flag.help.replace("%", "%%")
-    if flag.read is None:
-        constant = flag.negates is None
-        group.add_argument(*names, dest=flag.field, action="store_const", const=constant, help=text)
-    else:
-        group.add_argument(*names, dest=flag.field, metavar=flag.metavar, help=text)
-
-
-def _unknown_flag(word: str) -> UsageError:
+def _unknown_flag(name: str, dashed: str) -> UsageError:
     from difflib import get_close_matches
 
-    name = word.partition("=")[0].replace("_", "-")
-    alike = get_close_matches(name, _ALL, n=1)
-    hint = f"did you mean {alike[0]}?" if alike else "flags of the script stand after the script"
-    return UsageError(f"there is no flag {word.partition('=')[0]}", hint=hint)
+    alike = get_close_matches(dashed, _ALL, n=1)
+    return UsageError(
+        f"there is no flag {name}", hint=f"did you mean {alike[0]}?" if alike else _HINT_SCRIPT
+    )
 
 
 # --- the values ------------------------------------------------------------------------------
 
 
 def _values(typed: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
-    values = {}
+    values: dict[str, Any] = {}
     for flag in _ALL.values():
+        if values.get("standalone") and flag.field in _OVERRIDDEN_BY_STANDALONE:
+            continue
         if flag.field in typed:
             value = typed[flag.field]
             values[flag.field] = value if flag.read is None else _read(flag, value, flag.name)
@@ -313,3 +258,51 @@ def _check_endpoint(options: LaunchOptions) -> None:
             f"--rdzv-endpoint {host!r}: the static backend needs a port",
             hint=f"--rdzv-endpoint {host}:29500",
         )
+
+
+# --- help ------------------------------------------------------------------------------------
+
+_USAGE = """\
+%(prog)s [flags] SCRIPT [arguments of the script]
+       %(prog)s [flags] -m MODULE [arguments of the module]
+       %(prog)s [flags] --no-python PROGRAM [arguments of the program]"""
+
+_DESCRIPTION = """\
+Starts a group of ranked workers, watches them, shows what they print, says
+which rank failed first and why, and leaves no process behind."""
+
+_EPILOG = """\
+Flags stand before SCRIPT; what follows it is the script's own. In there,
+${local_rank} is filled in for each worker, and so are ${rank}, ${world_size}
+and ${local_world_size}; $$ stands for $.
+
+A flag's default is taken from the variable PET_<NAME>, as PET_NPROC_PER_NODE=4.
+PYTHON_EXEC, where it is set, is the Python that runs SCRIPT. OMP_NUM_THREADS,
+where it is not, becomes each worker's fair share of the cores.
+
+Exit status: 0; that of the worker that failed first (128+N where signal N ended
+it); 2 where the command line is wrong; 128+N where signal N ended the job."""
+
+
+def help_text() -> str:
+    """What ``--help`` prints."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="asupervise",
+        usage=_USAGE,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    for heading, flags in FLAGS.items():
+        group = parser.add_argument_group(heading)
+        for flag in flags:
+            names = [flag.short, flag.name] if flag.short else [flag.name]
+            text = flag.help.replace("%", "%%")  # argparse formats it with "%"
+            if flag.read is None:
+                group.add_argument(*names, action="store_true", help=text)
+            else:
+                group.add_argument(*names, metavar=flag.metavar, help=text)
+    return parser.format_help()

@@ -6,12 +6,13 @@ Nothing is opened, created or started here. ``--dry-run`` prints what :func:`pla
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from asupervise.errors import RankMapError
-from asupervise.logs import LogsDest, LogsSpecs, line_prefixes
+from asupervise.logs import LogsDest, line_prefixes
+from asupervise.spec import GroupSpec, check_ranks
+from asupervise.worker import HEARTBEAT_VARIABLE, STACKS_VARIABLE
 
 if TYPE_CHECKING:
     from asupervise.binding import BindingTools, RankBinding
@@ -64,6 +65,7 @@ class GroupPlan:
         stdout_filters: substrings; matching teed lines go to ``logs.filtered_stdout`` as well.
         stderr_filters: likewise for stderr.
         token: marks every process of the group, and what descends from it, in its environment.
+        warnings: what the user should know before it starts, a sentence each.
     """
 
     name: str
@@ -72,61 +74,11 @@ class GroupPlan:
     stdout_filters: tuple[str, ...] = ()
     stderr_filters: tuple[str, ...] = ()
     token: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def nprocs(self) -> int:
         return len(self.workers)
-
-
-@dataclass(frozen=True, slots=True)
-class GroupSpec:
-    """The caller's wish, as given to ``start_processes``; see there."""
-
-    name: str
-    entrypoint: str | Sequence[str]
-    args: Mapping[int, Sequence[object]]
-    envs: Mapping[int, Mapping[str, str]]
-    logs_specs: LogsSpecs
-    log_line_prefixes: Mapping[int, str] | None = None
-    stdout_filters: Sequence[str] = ()
-    stderr_filters: Sequence[str] = ()
-    stdin: int | None = None
-    bindings: Sequence[RankBinding | None] = field(default_factory=tuple)
-    tools: BindingTools | None = None
-    token: str = ""
-
-
-def check_rank_maps(
-    args: Mapping[int, object], envs: Mapping[int, object], prefixes: Mapping[int, object] | None
-) -> None:
-    """Every map must have the ranks ``0..n-1``, and the same n.
-
-    Raises:
-        RankMapError: naming the map and the ranks that are missing or too many.
-    """
-    if not args:
-        raise RankMapError("args: no worker at all: expected a map of local ranks 0..n-1")
-    _check_ranks("args", args, len(args))
-    _check_ranks("envs", envs, len(args))
-    if prefixes:
-        unknown = sorted(set(prefixes) - set(range(len(args))), key=str)
-        if unknown:
-            raise RankMapError(f"log_line_prefixes: no such local ranks: {unknown}")
-
-
-def _check_ranks(what: str, given: Mapping[int, object], nprocs: int) -> None:
-    expected, actual = set(range(nprocs)), set(given)
-    if actual == expected:
-        return
-    parts = []
-    if missing := sorted(expected - actual):
-        parts.append(f"missing {missing}")
-    if extra := sorted(actual - expected, key=str):
-        parts.append(f"not expected {extra}")
-    raise RankMapError(
-        f"{what}: expected local ranks 0..{nprocs - 1}, got {sorted(actual, key=str)}: "
-        + ", ".join(parts)
-    )
 
 
 def plan_group(spec: GroupSpec, parent_env: Mapping[str, str]) -> GroupPlan:
@@ -144,8 +96,8 @@ def plan_group(spec: GroupSpec, parent_env: Mapping[str, str]) -> GroupPlan:
     # Copies: a logs specs class made for torch writes the error file's name into them.
     envs = {rank: dict(spec.envs[rank]) for rank in range(nprocs)}
     logs = spec.logs_specs.reify(envs)
-    _check_ranks("logs_specs: stdouts", logs.stdouts, nprocs)
-    _check_ranks("logs_specs: stderrs", logs.stderrs, nprocs)
+    check_ranks("logs_specs: stdouts", logs.stdouts, nprocs)
+    check_ranks("logs_specs: stderrs", logs.stderrs, nprocs)
     prefixes = line_prefixes(spec.name, nprocs, spec.log_line_prefixes)
     # An outer supervisor must find our workers, too: its token stays in front of ours.
     outer = parent_env.get(TOKEN_VARIABLE)
@@ -160,6 +112,7 @@ def plan_group(spec: GroupSpec, parent_env: Mapping[str, str]) -> GroupPlan:
         stdout_filters=tuple(spec.stdout_filters),
         stderr_filters=tuple(spec.stderr_filters),
         token=spec.token,
+        warnings=spec.warnings,
     )
 
 
@@ -171,6 +124,10 @@ def _plan_worker(
     binding = spec.bindings[rank] if spec.bindings else None
     error_file = logs.error_files.get(rank)
     env[ERROR_FILE_VARIABLE] = "" if error_file in (None, os.devnull) else str(error_file)
+    if env[ERROR_FILE_VARIABLE]:
+        folder = os.path.dirname(env[ERROR_FILE_VARIABLE])
+        env[STACKS_VARIABLE] = os.path.join(folder, "stacks.txt")
+        env[HEARTBEAT_VARIABLE] = os.path.join(folder, "heartbeat")
     if token:
         env[TOKEN_VARIABLE] = token
     return WorkerPlan(

@@ -26,6 +26,7 @@ class ProcessEntry:
         parent_pid: whose child it is now (1 or a subreaper once orphaned).
         process_group: process group id.
         session: session id.
+        cpu_ticks: CPU time used so far, in clock ticks, user and system.
         state: the kernel's letter: R running, S sleeping, D uninterruptible, T stopped, …
         name: the command's name, as in ``/proc/<pid>/comm``.
     """
@@ -35,6 +36,7 @@ class ProcessEntry:
     parent_pid: int
     process_group: int
     session: int
+    cpu_ticks: int
     state: str
     name: str
 
@@ -59,6 +61,7 @@ def read_entry(pid: int) -> ProcessEntry | None:
         parent_pid=int(fields[1]),
         process_group=int(fields[2]),
         session=int(fields[3]),
+        cpu_ticks=int(fields[11]) + int(fields[12]),
         state=fields[0].decode(),
         name=head.partition(b"(")[2].decode(errors="replace"),
     )
@@ -167,6 +170,11 @@ def wait_channel(pid: int) -> str:
     """The kernel function in which a process sleeps, or "" (``/proc/<pid>/wchan``)."""
     text = _read(f"/proc/{pid}/wchan")
     return "" if text is None or text == b"0" else text.decode(errors="replace")
+
+
+def read_text(path: str) -> str:
+    """A small file of ``/proc`` or ``/sys`` as text; "" if it cannot be read."""
+    return (_read(path) or b"").decode(errors="replace")
 
 
 def _read(path: str) -> bytes | None:

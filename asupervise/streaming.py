@@ -2,18 +2,169 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
-from typing import TextIO
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
-from asupervise.console import Console
-from asupervise.framing import LineFilter, LineFramer
+from asupervise.console import Console, Consoles
+from asupervise.framing import LineFilter, LineFramer, Picked
 from asupervise.plan import GroupPlan, WorkerPlan
-from asupervise.tailing import FilteredLog, Hub, Tailer, shared_hub
+from asupervise.tailing import BLOCK_BYTES, Tailer, Watches
+
+_THREADS = 4
+
+
+class Threads(ThreadPoolExecutor):
+    """The threads that all tailers of an event loop share; knows whether any is at work."""
+
+    def __init__(self) -> None:
+        super().__init__(_THREADS, thread_name_prefix="asupervise-logs")
+        self._at_work: set[Future[Any]] = set()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(fn, *args, **kwargs)
+        self._at_work.add(future)
+        future.add_done_callback(self._at_work.discard)
+        return future
+
+    def close(self) -> None:
+        # Idle threads end at once, and are waited for: there shall be none more than before. A
+        # call that waits for a reader who does not read is left alone (after a cancellation).
+        self.shutdown(wait=not self._at_work)
+
+
+class Hub:
+    """What the tailers of one event loop share."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.users = 0
+        self.threads = Threads()
+        self.consoles = Consoles(self.threads)
+        self.watches = Watches(loop)
+
+    def close(self) -> None:
+        self.watches.close()
+        self.threads.close()
+
+
+_hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def shared_hub() -> Iterator[Hub]:
+    """The running loop's hub: made by its first user, closed by its last."""
+    loop = asyncio.get_running_loop()
+    hub = _hubs.get(loop)
+    if hub is None:
+        hub = _hubs[loop] = Hub(loop)
+    hub.users += 1
+    try:
+        yield hub
+    finally:
+        hub.users -= 1
+        if not hub.users:
+            del _hubs[loop]
+            hub.close()
+
+
+class FilteredLog:
+    """The one file that the matching lines of all ranks are copied to.
+
+    Attributes:
+        broken: why it takes nothing any more, or None.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+
+    def __init__(self, path: str, threads: Executor) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+        self.path = path
+        self.broken: OSError | None = None
+        self._fd = os.open(path, flags, 0o600)
+        self._threads = threads
+        self._turn = asyncio.Lock()
+
+    async def write(self, prefix: bytes, picked: Picked, source: int | None) -> None:
+        """Append the lines; `source` is the file that a long one is copied from."""
+        if self.broken is not None:
+            return
+        loop = asyncio.get_running_loop()
+        async with self._turn:
+            try:
+                await loop.run_in_executor(self._threads, _append, self._fd, prefix, picked, source)
+            except OSError as exc:
+                # The disk, not the worker: the console goes on, and the result says what is
+                # missing here.
+                self.broken = exc
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _append(fd: int, prefix: bytes, picked: Picked, source: int | None) -> None:
+    if picked.long is not None and source is not None:
+        start, end = picked.long
+        _write_all(fd, prefix)
+        block = b""
+        while start < end and (block := os.pread(source, min(BLOCK_BYTES, end - start), start)):
+            _write_all(fd, block)
+            start += len(block)
+        if not block.endswith(b"\n"):
+            _write_all(fd, b"\n")
+    _write_all(fd, picked.lines)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+class Sifter:
+    """Copies the matching lines of one stream of one worker: a tailer's sideline."""
+
+    def __init__(self, line_filter: LineFilter, log: FilteredLog) -> None:
+        self._filter = line_filter
+        self._log = log
+
+    async def feed(self, data: bytes, fd: int) -> None:
+        await self._copy(self._filter.feed(data), fd)
+
+    async def end(self, fd: int | None) -> None:
+        await self._copy(self._filter.end(), fd)
+
+    async def _copy(self, picked: Picked, source: int | None) -> None:
+        if picked.lines or picked.long:
+            await self._log.write(self._filter.prefix, picked, source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """One of the two streams of a group, as far as it is teed."""
+
+    console: Console
+    needles: tuple[str, ...]
+    filtered: FilteredLog | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a tailer follows; `succeeds` another file in the same place."""
+
+    stream: _Stream
+    worker: WorkerPlan
+    succeeds: bool = False
 
 
 class LogStreams:
@@ -22,65 +173,112 @@ class LogStreams:
     def __init__(self, hub: Hub, group: TaskGroup, stack: ExitStack, plan: GroupPlan) -> None:
         self._hub = hub
         self._group = group
-        self._tailers: list[Tailer] = []
+        self._sources: dict[Tailer, _Source] = {}
         self._warnings: list[str] = []
-        self.consoles: dict[str, Console] = {}
-        self._filters: dict[str, tuple[list[str], FilteredLog | None]] = {}
-        for stream, needles, path, tees in (
-            ("stdout", plan.stdout_filters, plan.logs.filtered_stdout, plan.logs.tee_stdouts),
-            ("stderr", plan.stderr_filters, plan.logs.filtered_stderr, plan.logs.tee_stderrs),
+        self._streams: dict[str, _Stream] = {}
+        logs = plan.logs
+        for name, needles, path, tees in (
+            ("stdout", plan.stdout_filters, logs.filtered_stdout, logs.tee_stdouts),
+            ("stderr", plan.stderr_filters, logs.filtered_stderr, logs.tee_stderrs),
         ):
-            if tees:
-                output: TextIO = getattr(sys, stream)
-                self.consoles[stream] = stack.enter_context(hub.consoles.shared(output))
+            if not tees:
+                continue
+            console = stack.enter_context(hub.consoles.shared(getattr(sys, name)))
             filtered = None
-            if needles and tees and path:
-                filtered = FilteredLog(path)
+            if needles and path:
+                filtered = FilteredLog(path, hub.threads)
                 stack.callback(filtered.close)
-            self._filters[stream] = list(needles), filtered
+            self._streams[name] = _Stream(console, needles, filtered)
 
     def follow(self, worker: WorkerPlan) -> None:
-        """Start to follow a worker's teed files; they exist, because it has been started."""
-        if worker.tee_stdout and worker.stdout:
-            self._follow("stdout", worker.stdout, worker)
-        if worker.tee_stderr and worker.stderr:
-            self._follow("stderr", worker.stderr, worker)
+        """Start to follow a worker's teed files; they exist, because it has been started.
 
-    def _follow(self, stream: str, path: str, worker: WorkerPlan) -> None:
+        Raises:
+            OSError: if there are no descriptors left.
+        """
+        if worker.tee_stdout and worker.stdout:
+            self._follow(worker.stdout, _Source(self._streams["stdout"], worker))
+        if worker.tee_stderr and worker.stderr:
+            self._follow(worker.stderr, _Source(self._streams["stderr"], worker))
+
+    def _follow(self, path: str, source: _Source) -> None:
+        try:
+            tailer = self._tailer(path, source)
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            # A worker that has moved or removed its own file already.
+            self._warn(path, exc)
+        else:
+            tailer.follow()
+
+    def _tailer(self, path: str, source: _Source) -> Tailer:
+        stream, worker = source.stream, source.worker
         prefix = worker.prefix.encode("utf-8", "surrogateescape")
-        needles, filtered = self._filters[stream]
+        sifter = None
+        if stream.filtered is not None:
+            sifter = Sifter(LineFilter(stream.needles, prefix), stream.filtered)
         tailer = Tailer(
-            self._hub,
             path,
             LineFramer(prefix),
-            self.consoles[stream],
-            LineFilter(needles, prefix) if filtered is not None else None,
-            filtered,
+            stream.console,
+            self._hub.watches,
+            self._hub.threads,
+            start=self._start,
+            on_replaced=self._follow_successor,
+            sideline=sifter,
             prompts=worker.stdin,
         )
-        self._tailers.append(tailer)
-        self._group.start_soon(self._run, tailer, path)
+        self._sources[tailer] = source
+        return tailer
 
-    async def _run(self, tailer: Tailer, path: str) -> None:
+    def _start(self, tailer: Tailer) -> None:
+        self._group.start_soon(self._run, tailer)
+
+    def _follow_successor(self, tailer: Tailer) -> bool:
+        """Follow the new file in the place of another; False if there is none after all."""
+        source = self._sources[tailer]
+        try:
+            successor = self._tailer(tailer.path, _Source(source.stream, source.worker, True))
+        except OSError:
+            return False
+        successor.follow()
+        # The worker's own descriptor stays with its first file for good. Of those that somebody
+        # has put there since, only the newest is written to.
+        if source.succeeds:
+            asyncio.get_running_loop().call_soon(tailer.stop)
+        return True
+
+    async def _run(self, tailer: Tailer) -> None:
         try:
             await tailer.run()
         except OSError as exc:
             # The disk, not the worker: the group goes on, and the result says what is missing.
-            self._warnings.append(f"{path}: no longer shown: {exc}")
+            self._warn(tailer.path, exc)
+        finally:
+            del self._sources[tailer]
+
+    def _warn(self, path: str, exc: OSError) -> None:
+        self._warnings.append(f"{path}: no longer shown: {exc}")
 
     def stop(self) -> None:
         """Let every tailer end once it has shown all that is in its file now."""
-        for tailer in self._tailers:
+        for tailer in list(self._sources):
             tailer.stop()
 
     def warnings(self) -> list[str]:
         """What could not be shown, a sentence each."""
         broken = [
-            f"{stream}: closed by its reader ({console.broken}); the log files are complete"
-            for stream, console in self.consoles.items()
-            if console.broken is not None
+            f"{name}: takes nothing any more ({stream.console.broken}); the log files are complete"
+            for name, stream in self._streams.items()
+            if stream.console.broken is not None
         ]
-        return [*broken, *self._warnings]
+        filtered = [
+            f"{log.path}: incomplete: {log.broken}"
+            for stream in self._streams.values()
+            if (log := stream.filtered) is not None and log.broken is not None
+        ]
+        return [*broken, *filtered, *self._warnings]
 
 
 @asynccontextmanager

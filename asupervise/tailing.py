@@ -3,29 +3,28 @@
 A :class:`Tailer` follows one file: it reads a block, frames it, hands it to the console, and
 sleeps until the kernel says that the file has changed. All tailers of an event loop share one
 inotify instance (the kernel grants a user only 128) and a constant number of threads.
-
-Watches are one-shot: a worker that writes without pause costs no events at all, because its
-tailer is busy reading; only a tailer that has caught up asks to be woken (inotify(7)).
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
+import io
 import os
+import stat
 import sys
-import weakref
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any, Protocol
 
 from aiofiles.threadpool import wrap as async_file
 
-from asupervise.console import Console, Consoles
-from asupervise.framing import Framed, LineFilter, LineFramer
+from asupervise.console import Console
+from asupervise.framing import Framed, LineFramer
 
 BLOCK_BYTES = 256 * 1024
-_THREADS = 4
+# What has only just been written is in memory still: so much of it is read without a thread.
+_AT_ONCE_BYTES = 16 * 1024
 
 # An unfinished line (a prompt) is shown after this much silence.
 IDLE_S = 0.5
@@ -35,16 +34,27 @@ PROGRESS_S = 5.0
 POLL_S = 0.05
 
 
-class Watches(Protocol):
-    """Wakes a tailer once when its file has changed."""
+class Watched(Protocol):
+    """Who waits for changes of a file.
 
-    def arm(self, fd: int, path: str, wake: asyncio.Event) -> None: ...
-    def forget(self, wake: asyncio.Event) -> None: ...
-    def close(self) -> None: ...
+    Attributes:
+        fd: the open file.
+        path: where it was opened.
+    """
+
+    fd: int
+    path: str
+
+    def changed(self) -> bool:
+        """Called in the event loop when it has; False if nobody waits for more just now."""
 
 
 class InotifyWatches:
-    """One-shot watches on one inotify instance, read in the event loop.
+    """Watches on one inotify instance, read in the event loop.
+
+    A watch lasts for as long as each of its events finds somebody waiting. The first that does
+    not ends it: a worker that writes without pause causes no events, because its tailer is busy
+    reading. One that writes now and then costs one event each time, and no system call else.
 
     Raises:
         OSError: if the kernel grants no (more) inotify instance.
@@ -53,64 +63,82 @@ class InotifyWatches:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         import asyncinotify
 
-        self._library = asyncinotify
-        self._inotify = asyncinotify.Inotify(cache_size=64, sync_timeout=0)
+        self._inotify = asyncinotify.Inotify(cache_size=64)
+        # So that reading in a callback of the loop says when there is nothing more.
+        os.set_blocking(self._inotify.fd, False)
         mask = asyncinotify.Mask
         # ATTRIB comes with unlink and rename-over (the link count), MOVE_SELF with rename.
-        self._file_mask = mask.MODIFY | mask.ATTRIB | mask.MOVE_SELF | mask.ONESHOT
-        self._folder_mask = mask.CREATE | mask.MOVED_TO | mask.ONESHOT
-        self._waiting: dict[Any, list[asyncio.Event]] = {}
+        self._file_mask = mask.MODIFY | mask.ATTRIB | mask.MOVE_SELF
+        self._folder_mask = mask.CREATE | mask.MOVED_TO
+        self._ended, self._overflow = int(mask.IGNORED), int(mask.Q_OVERFLOW)
+        self._waiting: dict[Any, list[Watched]] = {}
+        self._file_watches: dict[Watched, Any] = {}
+        self._folder_watches: dict[Watched, Any] = {}
         self._loop = loop
         loop.add_reader(self._inotify.fd, self._dispatch)
 
-    def arm(self, fd: int, path: str, wake: asyncio.Event) -> None:
-        """Set `wake` once when the open file `fd` changes.
-
-        Where nothing is at `path` any more, also when something appears there.
+    def arm(self, who: Watched) -> None:
+        """Call `who.changed()` when its file changes, until that returns False.
 
         Raises:
             OSError: if the kernel grants no (more) watches.
         """
-        # By its descriptor: a file that was moved or deleted is still written to.
-        self._add(f"/proc/self/fd/{fd}", self._file_mask, wake)
-        if not os.path.exists(path):
-            self._add(os.path.dirname(path), self._folder_mask, wake)
+        if who not in self._file_watches:
+            # By its descriptor: a file that was moved or deleted is still written to.
+            watch = self._add(f"/proc/self/fd/{who.fd}", self._file_mask, who)
+            self._file_watches[who] = watch
 
-    def _add(self, path: str, mask: Any, wake: asyncio.Event) -> None:
+    def arm_folder(self, who: Watched) -> None:
+        """Likewise when something appears in the folder of its path.
+
+        Raises:
+            OSError: likewise, or if there is no such folder any more.
+        """
+        if who not in self._folder_watches:
+            watch = self._add(os.path.dirname(who.path) or ".", self._folder_mask, who)
+            self._folder_watches[who] = watch
+
+    def _add(self, path: str, mask: Any, who: Watched) -> Any:
+        # One file or folder is one watch, whoever asks.
         watch = self._inotify.add_watch(path, mask)
-        waiting = self._waiting.setdefault(watch, [])
-        if wake not in waiting:
-            waiting.append(wake)
+        self._waiting.setdefault(watch, []).append(who)
+        return watch
 
-    def forget(self, wake: asyncio.Event) -> None:
-        for watch, waiting in list(self._waiting.items()):
-            if wake in waiting:
-                waiting.remove(wake)
-                if not waiting:
-                    del self._waiting[watch]
-                    self._remove(watch)
+    def forget(self, who: Watched) -> None:
+        for watches in (self._file_watches, self._folder_watches):
+            if who in watches:
+                self._drop(watches.pop(who), who)
 
-    def _remove(self, watch: Any) -> None:
+    def _drop(self, watch: Any, who: Watched) -> None:
+        waiting = self._waiting[watch]
+        waiting.remove(who)
+        if waiting:
+            return
+        del self._waiting[watch]
         try:
             self._inotify.rm_watch(watch)
         except OSError:
-            # EINVAL: the one-shot watch has fired already; its event is on the way.
+            # EINVAL: the kernel has ended it, with the file.
             pass
 
     def _dispatch(self) -> None:
-        # With `sync_timeout=0` the library says None when there is nothing more to read.
-        while (event := self._inotify.sync_get()) is not None:
-            for wake in self._waiting.pop(event.watch, ()):
-                wake.set()
-            if event.mask & self._library.Mask.Q_OVERFLOW:
-                self._wake_all()
+        try:
+            while True:
+                event = self._inotify.sync_get()
+                mask = int(event.mask)
+                if mask & self._overflow:
+                    # Events were dropped: everybody looks for himself.
+                    self._fired(*self._waiting)
+                elif event.watch in self._waiting:
+                    self._fired(event.watch, ended=bool(mask & self._ended))
+        except BlockingIOError:
+            return
 
-    def _wake_all(self) -> None:
-        # Events were dropped: everybody looks for himself.
-        for waiting in self._waiting.values():
-            for wake in waiting:
-                wake.set()
-        self._waiting.clear()
+    def _fired(self, *watches: Any, ended: bool = False) -> None:
+        for watch in watches:
+            for who in self._waiting.get(watch, [])[:]:
+                if not who.changed() or ended:
+                    self.forget(who)
 
     def close(self) -> None:
         self._loop.remove_reader(self._inotify.fd)
@@ -118,211 +146,298 @@ class InotifyWatches:
 
 
 class PollWatches:
-    """The fallback without inotify: wakes every armed tailer each `POLL_S` seconds.
+    """The fallback without inotify: wakes whoever has asked after `POLL_S` seconds.
 
-    This is the one place that polls. It runs only while something is armed.
+    This is the one place that polls. It runs only while somebody has asked.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._armed: set[asyncio.Event] = set()
+        self._waiting: set[Watched] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def arm(self, fd: int, path: str, wake: asyncio.Event) -> None:
-        self._armed.add(wake)
+    def arm(self, who: Watched) -> None:
+        self._waiting.add(who)
         if self._timer is None:
             self._timer = self._loop.call_later(POLL_S, self._tick)
 
-    def forget(self, wake: asyncio.Event) -> None:
-        self._armed.discard(wake)
+    def forget(self, who: Watched) -> None:
+        self._waiting.discard(who)
 
     def _tick(self) -> None:
         self._timer = None
-        armed, self._armed = self._armed, set()
-        for wake in armed:
-            wake.set()
+        waiting, self._waiting = self._waiting, set()
+        for who in waiting:
+            who.changed()
 
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
 
-class Hub:
-    """What the tailers of one event loop share."""
+class Watches:
+    """Inotify's watches, and the fallback for what they do not cover."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.users = 0
-        self.executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="asupervise-logs")
-        self.consoles = Consoles(self.executor)
-        self.fallback = PollWatches(loop)
-        self.watches: Watches = self.fallback
+        self._polling = PollWatches(loop)
+        self._inotify: InotifyWatches | None = None
         if sys.platform == "linux":
             try:
-                self.watches = InotifyWatches(loop)
+                self._inotify = InotifyWatches(loop)
             except OSError:
                 # EMFILE: fs.inotify.max_user_instances is used up by other programs.
                 pass
 
-    def arm(self, fd: int, path: str, wake: asyncio.Event) -> None:
+    def arm(self, who: Watched) -> None:
+        """Call `who.changed()` once when its open file changes."""
         try:
-            self.watches.arm(fd, path, wake)
+            if self._inotify is not None:
+                self._inotify.arm(who)
+                return
         except OSError:
-            # ENOSPC: fs.inotify.max_user_watches is used up. Or the folder is gone.
-            self.fallback.arm(fd, path, wake)
+            # ENOSPC: fs.inotify.max_user_watches is used up. Or there is no /proc.
+            pass
+        self._polling.arm(who)
 
-    def forget(self, wake: asyncio.Event) -> None:
-        self.watches.forget(wake)
-        self.fallback.forget(wake)
+    def arm_folder(self, who: Watched) -> None:
+        """Likewise when something appears where it was opened."""
+        try:
+            if self._inotify is not None:
+                self._inotify.arm_folder(who)
+                return
+        except FileNotFoundError:
+            # The folder itself is gone, with whoever would have made a file there.
+            return
+        except OSError:
+            pass
+        self._polling.arm(who)
 
-    def close(self) -> None:
-        self.watches.close()
-        self.fallback.close()
-        self.executor.shutdown(wait=False)
-
-
-_hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = weakref.WeakKeyDictionary()
-
-
-@contextmanager
-def shared_hub() -> Iterator[Hub]:
-    """The running loop's hub: made by its first user, closed by its last."""
-    loop = asyncio.get_running_loop()
-    hub = _hubs.get(loop)
-    if hub is None:
-        hub = _hubs[loop] = Hub(loop)
-    hub.users += 1
-    try:
-        yield hub
-    finally:
-        hub.users -= 1
-        if not hub.users:
-            del _hubs[loop]
-            hub.close()
-
-
-class FilteredLog:
-    """The one file that the matching lines of all ranks are copied to, made when needed."""
-
-    def __init__(self, path: str) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
-        self._file = os.fdopen(os.open(path, flags, 0o600), "wb", buffering=0)
-        self._turn = asyncio.Lock()
-
-    async def write(self, hub: Hub, data: bytes) -> None:
-        async with self._turn:
-            await async_file(self._file, executor=hub.executor).write(data)
+    def forget(self, who: Watched) -> None:
+        if self._inotify is not None:
+            self._inotify.forget(who)
+        self._polling.forget(who)
 
     def close(self) -> None:
-        self._file.close()
+        if self._inotify is not None:
+            self._inotify.close()
+        self._polling.close()
+
+
+class Sideline(Protocol):
+    """Who gets all that a tailer reads, beside the console."""
+
+    async def feed(self, data: bytes, fd: int) -> None:
+        """Take what was read from `fd`, the file's descriptor."""
+
+    async def end(self, fd: int | None) -> None:
+        """The file has ended; None for `fd` if what was in it is gone."""
 
 
 class Tailer:
     """Follows one log file from its beginning until :meth:`stop`, then to its end.
 
-    The file is followed as ``tail -F`` does: truncated, it is read from its start again;
-    replaced, the new one is read after the old one's end.
+    A truncated file is read from its start again. One that was moved away or deleted is
+    followed all the same, because the worker goes on writing to it; for a new one in its place
+    `on_replaced` is called.
+
+    A tailer whose file nobody writes to costs no task and no thread.
 
     Args:
         path: the file; it exists.
         framer: cuts its bytes into lines for `console`.
-        console: where the lines go; None for the filter alone.
-        line_filter: picks the lines for `filtered`.
-        filtered: where those go.
+        console: where the lines go.
+        watches: tell of changes.
+        threads: where blocking reads run.
+        start: called once, at the first change: to run :meth:`run` in a task.
+        on_replaced: called when another file has taken the place of this one.
+        sideline: gets all that is read, too.
         prompts: whether somebody may be waiting for its prompts: they are shown sooner.
+
+    Raises:
+        OSError: if the file cannot be opened.
     """
+
+    # Thousands of workers have two each, most of them silent.
+    __slots__ = (
+        "_console",
+        "_end",
+        "_file",
+        "_framer",
+        "_idle_s",
+        "_on_replaced",
+        "_position",
+        "_progress_since",
+        "_raw",
+        "_sideline",
+        "_start",
+        "_started",
+        "_stopping",
+        "_threads",
+        "_wake",
+        "_watches",
+        "fd",
+        "path",
+    )
 
     def __init__(
         self,
-        hub: Hub,
         path: str,
         framer: LineFramer,
         console: Console,
-        line_filter: LineFilter | None = None,
-        filtered: FilteredLog | None = None,
+        watches: Watches,
+        threads: Executor,
         *,
+        start: Callable[[Tailer], object],
+        on_replaced: Callable[[Tailer], bool],
+        sideline: Sideline | None = None,
         prompts: bool = False,
     ) -> None:
-        self._hub = hub
-        self._path = path
+        self.path = path
         self._framer = framer
         self._console = console
-        self._filter = line_filter
-        self._filtered = filtered
+        self._watches = watches
+        self._threads = threads
+        self._start = start
+        self._on_replaced: Callable[[Tailer], bool] | None = on_replaced
+        self._sideline = sideline
         self._idle_s = IDLE_S / 5 if prompts else IDLE_S
-        self._wake = asyncio.Event()
-        self._stopping = False
+        self._raw = io.FileIO(path)
+        self._file: Any = None
+        self.fd = self._raw.fileno()
         self._position = 0
+        # Where to stop reading, once `stop` has been called.
+        self._end: int | None = None
+        self._started = self._stopping = False
+        self._wake: asyncio.Future[bool] | None = None
         self._progress_since: float | None = None
-        self._open()
 
-    def _open(self) -> None:
-        raw = open(self._path, "rb", buffering=0)  # noqa: SIM115 - closed by `run` or `_reopen`
-        self._raw = raw
-        self._file = async_file(raw, executor=self._hub.executor)
+    # --- being woken ------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Begin: `start` will be called as soon as there is something to do."""
+        if not self._nothing_to_do():
+            self._run_soon()
+
+    def changed(self) -> bool:
+        """The file has changed, or something has appeared in its folder."""
+        if self._wake is not None:
+            _set(self._wake, True)
+            return True
+        if not self._started:
+            self.follow()
+            return True
+        # It is busy, and looks for itself before it sleeps.
+        return False
 
     def stop(self) -> None:
         """Let :meth:`run` return once it has read to the end of what is there now."""
+        if self._stopping:
+            return
         self._stopping = True
-        self._wake.set()
+        self._end = os.fstat(self.fd).st_size
+        if self._started:
+            self.changed()
+        elif self._unread():
+            self._run_soon()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._watches.forget(self)
+        self._raw.close()
+
+    def _run_soon(self) -> None:
+        self._started = True
+        self._start(self)
+
+    def _nothing_to_do(self) -> bool:
+        """Ask to be woken, unless there is something to do already."""
+        self._watches.arm(self)
+        # Only now: whatever happened between the last look and the arming woke nobody.
+        if self._on_replaced is not None:
+            self._look_for_successor()
+        return not self._unread()
+
+    def _unread(self) -> int:
+        """How much there is to read; negative if the file was truncated. Needs no disk."""
+        size = os.fstat(self.fd).st_size
+        if self._end is not None and size > self._end:
+            size = self._end
+        return size - self._position
+
+    def _look_for_successor(self) -> None:
+        there = self._look()
+        if there is _Place.EMPTY:
+            self._watches.arm_folder(self)
+            there = self._look()
+        if there is _Place.TAKEN and self._on_replaced is not None and self._on_replaced(self):
+            self._on_replaced = None
+
+    def _look(self) -> _Place:
+        try:
+            there = os.stat(self.path)
+        except OSError:
+            return _Place.EMPTY
+        ours = os.fstat(self.fd)
+        if (there.st_ino, there.st_dev) == (ours.st_ino, ours.st_dev):
+            return _Place.OURS
+        return _Place.TAKEN if stat.S_ISREG(there.st_mode) else _Place.EMPTY
+
+    # --- the task ---------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Follow the file. Returns after :meth:`stop`, when all is written."""
         try:
-            while True:
+            while self._console.broken is None or self._sideline is not None:
                 stopping = self._stopping
                 await self._catch_up()
                 if stopping:
                     break
                 await self._wait_for_more()
-            await self._finish()
+            await self._end_line(self.fd)
         finally:
-            self._hub.forget(self._wake)
-            self._raw.close()
-
-    def close(self) -> None:
-        """Let go of the file without having run."""
-        self._raw.close()
+            self.close()
 
     async def _catch_up(self) -> None:
-        """Read to the end of the file, and of those that have replaced it."""
-        while True:
-            while data := await self._file.read(BLOCK_BYTES):
-                self._position += len(data)
-                await self._take(data)
-                if len(data) < BLOCK_BYTES and not self._behind():
-                    break
-            if not self._reopen_if_replaced():
+        """Read to the end of the file."""
+        while unread := self._unread():
+            if unread < 0:
+                # Truncated. What was written before it does not go on after it.
+                await self._end_line(None)
+                self._position = 0
+                continue
+            async with self._console.blocks:
+                await self._take(await self._read(unread))
+            if not self._unread():
                 return
+            # A worker that writes little and often must not keep the loop to itself.
+            await asyncio.sleep(0)
 
-    def _behind(self) -> bool:
-        """Whether the file has more for us, or was truncated. Asks an open descriptor: no disk."""
-        size = os.fstat(self._raw.fileno()).st_size
-        if size < self._position:
-            self._raw.seek(0)
-            self._position = 0
-            return size > 0
-        return size > self._position
+    async def _read(self, unread: int) -> bytes:
+        data = self._read_at_once(unread) if unread <= _AT_ONCE_BYTES else b""
+        if not data:
+            self._raw.seek(self._position)
+            if self._file is None:
+                self._file = async_file(self._raw, executor=self._threads)
+            data = await self._file.read(BLOCK_BYTES)
+        self._position += len(data)
+        return data
 
-    def _reopen_if_replaced(self) -> bool:
+    def _read_at_once(self, unread: int) -> bytes:
+        """Read what can be had without waiting for a disk: a thread would cost 0.1 ms."""
+        buffer = bytearray(unread)
         try:
-            there = os.stat(self._path)
-            ours = os.fstat(self._raw.fileno())
-            if (there.st_ino, there.st_dev) == (ours.st_ino, ours.st_dev):
-                return False
-            old = self._raw
-            self._open()
-        except OSError:
-            # Moved away or deleted, and nothing in its place yet: the old one goes on.
-            return False
-        old.close()
-        self._position = 0
-        return True
+            size = os.preadv(self.fd, (buffer,), self._position, os.RWF_NOWAIT)
+        except (AttributeError, OSError):
+            # EAGAIN: it is not in memory. EOPNOTSUPP: this file system cannot tell, and neither
+            # can systems other than Linux.
+            return b""
+        return bytes(buffer[:size])
 
     async def _take(self, data: bytes) -> None:
-        if self._filter is not None and self._filtered is not None:
-            matching = self._filter.feed(data)
-            if matching:
-                await self._filtered.write(self._hub, matching)
+        if self._sideline is not None:
+            await self._sideline.feed(data, self.fd)
         framed = self._framer.feed(data)
         if framed is not None:
             self._progress_since = None
@@ -331,27 +446,35 @@ class Tailer:
     async def _show(self, framed: Framed) -> None:
         async with self._console.turn:
             await self._console.write(self, framed)
-            # A line too long to be held goes out in pieces; nobody may write between them, as
-            # long as they keep coming.
-            while framed.unfinished and self._framer.in_long_line:
-                data = await self._read_soon()
-                if not data:
-                    return
-                if (more := self._framer.feed(data)) is not None:
-                    framed = more
-                    await self._console.write(self, framed)
+            if framed.unfinished and self._framer.in_long_line:
+                await self._show_long_line()
 
-    async def _read_soon(self) -> bytes:
-        """The next block, waiting for it as long as an unfinished line may be silent."""
-        data = b""
-        while not data:
-            if not self._behind() and not await self._woken_within(self._idle_s):
+    async def _show_long_line(self) -> None:
+        """A line too long to be held goes out in pieces.
+
+        Nobody may write between them, as long as they keep coming at some speed: one that drips
+        must not keep the console from the other ranks.
+        """
+        loop = asyncio.get_running_loop()
+        due, size = loop.time() + self._idle_s, 0
+        while self._framer.in_long_line:
+            data = await self._read_within(due - loop.time())
+            if not data:
+                return
+            size += len(data)
+            if size >= BLOCK_BYTES:
+                due, size = loop.time() + self._idle_s, 0
+            if self._sideline is not None:
+                await self._sideline.feed(data, self.fd)
+            if (framed := self._framer.feed(data)) is not None:
+                await self._console.write(self, framed)
+
+    async def _read_within(self, delay_s: float) -> bytes:
+        """The next block; nothing if there is none in time, or no more at all."""
+        while (unread := self._unread()) <= 0:
+            if unread < 0 or self._stopping or not await self._woken_within(delay_s):
                 return b""
-            data = await self._file.read(BLOCK_BYTES)
-            if not data and self._stopping:
-                return b""
-        self._position += len(data)
-        return data
+        return await self._read(unread)
 
     async def _wait_for_more(self) -> None:
         """Sleep until the file has changed or we are stopped; show what is left unfinished."""
@@ -373,32 +496,42 @@ class Tailer:
         now = asyncio.get_running_loop().time()
         if self._progress_since is None:
             self._progress_since = now
-        due = self._progress_since + PROGRESS_S - now
+        due = max(0.0, self._progress_since + PROGRESS_S - now)
         # The first silence shows a progress bar that has stopped; one that keeps moving, or has
         # been shown before, comes out every `PROGRESS_S`.
-        return min(self._idle_s, max(0.0, due)) if not self._framer.partly_shown else max(0.0, due)
+        return due if self._framer.partly_shown else min(self._idle_s, due)
 
     async def _woken_within(self, delay_s: float | None) -> bool:
         """Wait for a change of the file, or for :meth:`stop`; False if neither came in time."""
-        self._wake.clear()
-        if self._stopping:
+        if self._stopping or not self._nothing_to_do():
             return True
-        self._hub.arm(self._raw.fileno(), self._path, self._wake)
-        # Whatever was written between our last read and the arming woke nobody.
-        if self._behind():
-            return True
+        loop = asyncio.get_running_loop()
+        wake: asyncio.Future[bool] = loop.create_future()
+        self._wake = wake
+        timer = None if delay_s is None else loop.call_later(delay_s, _set, wake, False)
         try:
-            async with asyncio.timeout(delay_s):
-                await self._wake.wait()
-        except TimeoutError:
-            return False
-        return True
+            return await wake
+        finally:
+            self._wake = None
+            if timer is not None:
+                timer.cancel()
 
-    async def _finish(self) -> None:
-        if self._filter is not None and self._filtered is not None:
-            rest = self._filter.end()
-            if rest:
-                await self._filtered.write(self._hub, rest)
+    async def _end_line(self, fd: int | None) -> None:
+        if self._sideline is not None:
+            await self._sideline.end(fd)
         framed = self._framer.end()
         if framed is not None:
             await self._show(framed)
+
+
+class _Place(enum.Enum):
+    """What is where a file was opened."""
+
+    OURS = enum.auto()
+    EMPTY = enum.auto()
+    TAKEN = enum.auto()
+
+
+def _set(future: asyncio.Future[bool], value: bool) -> None:
+    if not future.done():
+        future.set_result(value)

@@ -64,12 +64,14 @@ def carries_token(pid: int) -> bool:
 
 def own_children() -> set[int]:
     """Our direct children, those included that have ended and that nobody has reaped."""
-    threads = PROC / "self" / "task"
-    return {
-        int(pid)
-        for thread in os.listdir(threads)
-        for pid in (threads / thread / "children").read_text().split()
-    }
+    found = set()
+    for thread in os.listdir(PROC / "self" / "task"):
+        try:
+            children = (PROC / "self" / "task" / thread / "children").read_text()
+        except FileNotFoundError:
+            continue  # the thread has ended since; its children are now those of another
+        found |= {int(pid) for pid in children.split()}
+    return found
 
 
 def left_processes(before: set[int]) -> set[int]:

@@ -53,7 +53,8 @@ ROOMS = {
     "framing": room(),
     "procfs": room(),
     "failures": room("errors"),
-    "error_handler": room(lazily="failures"),
+    "error_handler": room(lazily="failures worker"),
+    "worker": room(),
     # Looking at the machine.
     "cpus": room("errors"),
     "gpus": room("errors", others="pynvml"),
@@ -61,13 +62,23 @@ ROOMS = {
     # Deciding what to start: no event loop.
     "environ": room("errors"),
     "logs": room("errors"),
-    "binding": room("errors topology"),
-    "plan": room("environ errors logs", lazily="binding"),
-    "binder": room("errors plan", lazily="_compat binding topology"),
+    "affinity": room("topology"),
+    "placement": room("affinity errors topology"),
+    "binding": room("affinity errors placement topology"),
+    "spec": room("errors logs", lazily="binding"),
+    "plan": room("environ errors logs spec worker", lazily="binding"),
+    "binder": room("errors spec", lazily="_compat binding topology", asynchronous=True),
     # Starting it, watching it, ending it.
     "_compat": room(asynchronous=True),
+    "shielding": room(others="anyio", asynchronous=True),
     "handler": room("_compat errors plan procfs", asynchronous=True),
     "cleanup": room("errors handler procfs", others="anyio psutil", asynchronous=True),
+    "guardian": room("_compat errors procfs shielding", lazily="cleanup", asynchronous=True),
+    "subreaper": room("errors procfs", asynchronous=True),
+    "hang": room("errors handler procfs worker", asynchronous=True),
+    "memory": room("errors handler procfs", others="psutil", asynchronous=True),
+    "stacks": room("_compat errors handler procfs worker", asynchronous=True),
+    "diagnosis": room("_compat errors handler hang memory plan stacks", asynchronous=True),
     "files": room("errors plan", asynchronous=True),
     "collect": room("failures files handler plan", asynchronous=True),
     # Showing what it says.
@@ -75,19 +86,26 @@ ROOMS = {
     "tailing": room("console framing", others="aiofiles asyncinotify", asynchronous=True),
     "streaming": room("console framing plan tailing", others="anyio", asynchronous=True),
     # One group on one node.
-    "procs": room(
-        "_compat binder cleanup collect environ errors failures files handler logs plan",
-        lazily="binding streaming",
+    "context": room(
+        "_compat cleanup collect errors failures files guardian handler plan procfs shielding spec"
+        " subreaper",
+        lazily="binding diagnosis streaming",
         others="anyio",
         asynchronous=True,
+    ),
+    "procs": room(
+        "binder context errors failures files logs plan spec", lazily="binding", asynchronous=True
     ),
     # The command line. What it does not need to say "usage: ..." it imports when it does.
     "flags": room(),
     "options": room("errors flags"),
     "job": room("cpus environ errors options", lazily="binding logs procs topology"),
     "dryrun": room("errors job options plan", lazily="binding topology"),
+    "signals": room("errors", lazily="context procs", asynchronous=True),
     "cli": room(
-        "errors options", lazily="dryrun error_handler failures job procs", asynchronous=True
+        "errors options",
+        lazily="dryrun error_handler failures job procs signals",
+        asynchronous=True,
     ),
     "__main__": room("cli"),
     # Names only: resolved at first use.
@@ -95,11 +113,13 @@ ROOMS = {
 }
 
 # `from asupervise import record` in a worker, however many workers there are.
-WORKER_SIDE = ("errors", "failures", "error_handler")
+WORKER_SIDE = ("errors", "failures", "error_handler", "worker")
 HEAVY = {"anyio", "aiofiles", "argparse", "asyncio", "asyncinotify", "psutil", "subprocess"}
 # Decisions only: they take what was read, and return what is to be done.
-PURE = ("errors", "framing", "binding")
+PURE = ("errors", "framing", "affinity", "placement", "binding")
 COMMAND_LINE = ("flags", "options", "job", "dryrun", "cli", "__main__")
+# What an application must ask for by name.
+ASKED_FOR = ("signals", "subreaper")
 
 
 # --- reading the source -------------------------------------------------------------------------
@@ -275,7 +295,9 @@ def test_nobody_naps(module: str) -> None:
         )
 
 
-@pytest.mark.parametrize("module", [name for name in modules() if name not in COMMAND_LINE])
+@pytest.mark.parametrize(
+    "module", [name for name in modules() if name not in COMMAND_LINE + ASKED_FOR]
+)
 def test_the_host_keeps_its_signals_and_its_stdout(module: str) -> None:
     for name, call in calls(module):
         where = f"asupervise/{module}.py:{call.lineno}"

@@ -1,0 +1,314 @@
+"""``PContext``: the life of one group of workers on one node.
+
+One task owns the group: it starts the workers, waits for the event that ends the group (all
+have succeeded, one has failed, somebody called ``close``), climbs the cleanup ladder, lets the
+log tailers finish, and makes the result. Everybody else only waits for that task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+from asupervise import collect, files, procfs
+from asupervise._compat import Exit
+from asupervise.cleanup import Cleanup, Survivor
+from asupervise.diagnosis import Diagnosis
+from asupervise.failures import RunProcsResult
+from asupervise.guardian import Guardian, guarded
+from asupervise.handler import SubprocessHandler
+from asupervise.plan import GroupPlan
+from asupervise.shielding import finished_in_any_case, run_in_any_case
+from asupervise.spec import DEFAULT_SHUTDOWN_TIMEOUT_S, RunOptions, check_timeout, checked_signal
+from asupervise.subreaper import subreaping
+
+if TYPE_CHECKING:
+    from asupervise.stacks import Stack
+    from asupervise.streaming import LogStreams
+
+# When the guardian is told who the workers are; see `PContext._introduce_soon`.
+_INTRODUCTION_S = 0.05
+
+
+class PContext:
+    """A group of running workers; made by :func:`start_processes`.
+
+    Attributes:
+        name: the group's name.
+        plan: what was started.
+        nprocs: number of workers.
+        stdouts: by local rank, the file of its standard output; ``""`` for the console.
+        stderrs: likewise for standard error.
+        error_files: by local rank, where ``@record`` writes its exception.
+        log_dir: the run's folder, or None if it has none.
+    """
+
+    def __init__(self, plan: GroupPlan, options: RunOptions) -> None:
+        self.plan = plan
+        self.name = plan.name
+        self.nprocs = plan.nprocs
+        self.stdouts = dict(plan.logs.stdouts)
+        self.stderrs = dict(plan.logs.stderrs)
+        self.error_files = dict(plan.logs.error_files)
+        self.log_dir: str | None = plan.logs.run_dir or None
+        self._options = options
+        self._handlers: dict[int, SubprocessHandler] = {}
+        self._exited = 0
+        self._diagnosis = Diagnosis(
+            self._handlers,
+            sample_interval_s=options.memory_sample_interval_s,
+            hang_timeout_s=options.hang_timeout_s,
+            end_group=self._end_hanging,
+        )
+        self._cleanup = Cleanup(
+            plan.token,
+            adopts=self._is_stranger if options.subreaper else None,
+            before_kill=self._diagnosis.before_kill,
+        )
+        self._ending = asyncio.Event()
+        self._end_signal = int(signal.SIGTERM)
+        self._end_grace_s = options.shutdown_timeout_s
+        self._unwanted = False
+        self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._life: asyncio.Task[RunProcsResult] | None = None
+
+    # --- what callers do --------------------------------------------------------------------
+
+    async def wait(self, timeout: float | None = None) -> RunProcsResult | None:
+        """Wait until the group has ended.
+
+        All or nothing: it has ended when every worker has succeeded, or when one has failed and
+        the rest has been ended. Any number of tasks may wait; cancelling one harms no worker.
+
+        Args:
+            timeout: seconds; None waits for ever, 0 only looks.
+
+        Returns:
+            The result, or None if the time ran out first.
+
+        Raises:
+            ValueError: if `timeout` is negative (torch's -1 is None here).
+        """
+        if timeout is not None:
+            check_timeout("timeout", timeout)
+        life = self._task
+        await asyncio.wait({life}, timeout=timeout)
+        return life.result() if life.done() else None
+
+    async def close(
+        self, death_sig: int | None = None, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S
+    ) -> None:
+        """End the group: `death_sig` to every worker's process group, SIGKILL to what is left.
+
+        Bounded in time, even if a process cannot die. May be called again, and while another
+        call or ``wait`` runs: it then can only make the end come sooner.
+
+        Args:
+            death_sig: the first signal; SIGTERM by default.
+            timeout: seconds from it to SIGKILL.
+
+        Raises:
+            ValueError: for a signal that does not exist or a negative `timeout`.
+        """
+        check_timeout("timeout", timeout)
+        self._request_end(
+            checked_signal(signal.SIGTERM if death_sig is None else death_sig), timeout
+        )
+        await asyncio.wait({self._task})
+
+    def pids(self) -> dict[int, int]:
+        """Process ids by local rank."""
+        return {rank: handler.pid for rank, handler in sorted(self._handlers.items())}
+
+    def send_signal(self, sig: int, ranks: Iterable[int] | None = None) -> None:
+        """Send a signal to the process groups of workers that run; ends nothing by itself.
+
+        Args:
+            sig: signal number.
+            ranks: local ranks; None for all.
+
+        Raises:
+            ValueError: for a signal or a rank that does not exist.
+            PermissionError: if the kernel refuses it.
+        """
+        sig = checked_signal(sig)
+        chosen = list(self._handlers if ranks is None else ranks)
+        if unknown := sorted(set(chosen) - set(range(self.nprocs))):
+            raise ValueError(f"ranks: no local ranks {unknown}: expected 0..{self.nprocs - 1}")
+        for rank in chosen:
+            handler = self._handlers.get(rank)
+            if handler is not None and handler.running:
+                handler.send_signal(sig)
+
+    async def dump_stacks(self) -> dict[int, Stack]:
+        """Where each running worker is, by local rank; also in ``<local_rank>/stacks.txt``.
+
+        By faulthandler where the worker has it armed (``@record`` does), by py-spy where that is
+        installed and permitted, by the kernel's view of it otherwise. Takes seconds at the most,
+        and harms no worker.
+        """
+        return await self._diagnosis.dump_stacks()
+
+    async def __aenter__(self) -> PContext:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._request_end(signal.SIGTERM, self._options.shutdown_timeout_s)
+        await finished_in_any_case(self._task)
+
+    def __repr__(self) -> str:
+        state = "ended" if self._task.done() else f"{self.nprocs - self._exited} running"
+        return f"<PContext {self.name!r}: {self.nprocs} workers, {state}>"
+
+    # --- the group's own task ---------------------------------------------------------------
+
+    @property
+    def _task(self) -> asyncio.Task[RunProcsResult]:
+        if self._life is None:
+            raise RuntimeError(f"group {self.name!r} has not been started")
+        return self._life
+
+    async def _start(self) -> None:
+        self._life = asyncio.get_running_loop().create_task(
+            self._live(), name=f"asupervise {self.name}"
+        )
+        try:
+            await asyncio.shield(self._started)
+        except asyncio.CancelledError:
+            # Nobody will ever hold this context: what it has started must not stay.
+            self._unwanted = True
+            self._request_end(signal.SIGTERM, self._options.shutdown_timeout_s)
+            await finished_in_any_case(self._life)
+            raise
+
+    def _request_end(self, sig: int, grace_s: float) -> None:
+        if self._cleanup.running:
+            self._cleanup.hurry(sig, grace_s)
+            return
+        if self._ending.is_set():
+            # Something else ends the group already, but has not begun: only ever sooner.
+            grace_s = min(grace_s, self._end_grace_s)
+            sig = self._end_signal if self._end_signal == signal.SIGKILL else sig
+        self._end_signal, self._end_grace_s = sig, grace_s
+        self._ending.set()
+
+    def _end_hanging(self) -> None:
+        self._request_end(signal.SIGTERM, self._options.shutdown_timeout_s)
+
+    def _on_exit(self, handler: SubprocessHandler, exit: Exit) -> None:
+        self._exited += 1
+        if self._exited >= len(self._handlers):
+            self._cleanup.woken_by_exit()
+        if self._exited == self.nprocs or exit.code != 0:
+            self._ending.set()
+
+    async def _live(self) -> RunProcsResult:
+        warnings = list(self.plan.warnings)
+        try:
+            files.make_folders(self.plan)
+            async with _streams_of(self.plan, warnings) as streams:
+                try:
+                    async with self._guarded(warnings) as guardian:
+                        warnings += await self._run(streams, guardian)
+                finally:
+                    if streams is not None:
+                        streams.stop()
+            result = await collect.result_of(
+                self.plan, self._handlers, warnings, self._diagnosis.details
+            )
+        except asyncio.CancelledError:
+            self._started.cancel()
+            raise
+        except BaseException as exc:
+            if self._started.done():
+                raise
+            # Whoever waits for the start gets the error; `wait` has nothing to say beyond it.
+            self._started.set_exception(exc)
+            await files.remove_run_folder(self.plan)
+            return RunProcsResult()
+        return result
+
+    @asynccontextmanager
+    async def _guarded(self, warnings: list[str]) -> AsyncIterator[Guardian | None]:
+        if not self._options.guardian:
+            yield None
+            return
+        async with guarded(self.plan.token) as guardian:
+            self._cleanup.helpers = {guardian.pid}
+            yield guardian
+            if guardian.lost:
+                warnings.append(
+                    f"the guardian (process {guardian.pid}) was killed: from then on a SIGKILL "
+                    "of this process would have left the workers running"
+                )
+
+    async def _run(self, streams: LogStreams | None, guardian: Guardian | None) -> list[str]:
+        with ExitStack() as stack:
+            if self._options.subreaper:
+                reaper = stack.enter_context(subreaping(self._is_stranger))
+                stack.callback(reaper.reap)
+            try:
+                await self._start_workers(streams)
+                if guardian is not None:
+                    stack.callback(self._introduce_soon(guardian).cancel)
+                self._diagnosis.start()
+                stack.callback(self._diagnosis.stop)
+                self._started.set_result(None)
+                await self._ending.wait()
+            finally:
+                # For every way to get here: the end that was asked for, a worker that did not
+                # start, this task being cancelled because the loop is shutting down.
+                survivors = await run_in_any_case(self._end)
+        return [str(survivor) for survivor in survivors]
+
+    def _introduce_soon(self, guardian: Guardian) -> asyncio.TimerHandle:
+        # Not at once: a group that is over sooner need not pay for it, and until then the
+        # workers have not had the time to overwrite the environment that they are known by.
+        def introduce() -> None:
+            handlers = self._handlers.values()
+            known = [procfs.read_entry(handler.pid) for handler in handlers if handler.running]
+            guardian.adopt((entry.pid, entry.start_ticks) for entry in known if entry)
+
+        return asyncio.get_running_loop().call_later(_INTRODUCTION_S, introduce)
+
+    def _is_stranger(self, pid: int) -> bool:
+        """Whether a child of this process is none that the group has started itself."""
+        if not self._started.done():
+            return False
+        workers = {handler.pid for handler in self._handlers.values()}
+        return pid not in workers and pid not in self._cleanup.helpers
+
+    async def _start_workers(self, streams: LogStreams | None) -> None:
+        parent_env = os.environ.copy()
+        for worker in self.plan.workers:
+            if self._unwanted:
+                return
+            self._handlers[worker.local_rank] = await SubprocessHandler.start(
+                worker, parent_env, cwd=self._options.cwd, on_exit=self._on_exit
+            )
+            if streams is not None:
+                streams.follow(worker)
+
+    async def _end(self) -> list[Survivor]:
+        handlers = list(self._handlers.values())
+        survivors = await self._cleanup.run(handlers, self._end_signal, self._end_grace_s)
+        for handler in handlers:
+            if handler.running:
+                handler.abandon()
+        return survivors
+
+
+def _streams_of(
+    plan: GroupPlan, warnings: list[str]
+) -> AbstractAsyncContextManager[LogStreams | None]:
+    """The log streams of the group as a context manager; an empty one if nothing is teed."""
+    if any(worker.tee_stdout or worker.tee_stderr for worker in plan.workers):
+        # Imported here: a run that shows nothing pays neither for aiofiles nor for anyio.
+        from asupervise.streaming import open_streams
+
+        return open_streams(plan, warnings)
+    return nullcontext()

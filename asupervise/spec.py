@@ -1,0 +1,203 @@
+"""The caller's wish as a value, checked before anything is planned or started. Pure."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from asupervise.errors import NotSupportedError, RankMapError
+from asupervise.logs import DefaultLogsSpecs, LogsSpecs
+
+if TYPE_CHECKING:
+    from asupervise.binding import BindingTools, RankBinding
+
+DEFAULT_SHUTDOWN_TIMEOUT_S = 30.0
+# Seldom enough that 64 idle workers cost the supervisor a hundredth of a second a minute.
+DEFAULT_MEMORY_SAMPLE_INTERVAL_S = 10.0
+_START_METHODS = ("spawn", "fork", "forkserver")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """What is to be started, as given to ``start_processes``; see there.
+
+    The fields from `bindings` on are added on the way from the call to the plan.
+    """
+
+    name: str
+    entrypoint: str | Sequence[str]
+    args: Mapping[int, Sequence[object]]
+    envs: Mapping[int, Mapping[str, str]]
+    logs_specs: LogsSpecs
+    log_line_prefixes: Mapping[int, str] | None = None
+    stdout_filters: Sequence[str] = ()
+    stderr_filters: Sequence[str] = ()
+    stdin: int | None = None
+    token: str = ""
+    bindings: Sequence[RankBinding | None] = field(default_factory=tuple)
+    tools: BindingTools | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How the group is run, as given to ``start_processes``; see there."""
+
+    cwd: str | None = None
+    shutdown_timeout_s: float = DEFAULT_SHUTDOWN_TIMEOUT_S
+    guardian: bool = True
+    subreaper: bool = False
+    hang_timeout_s: float | None = None
+    memory_sample_interval_s: float = DEFAULT_MEMORY_SAMPLE_INTERVAL_S
+
+    def __post_init__(self) -> None:
+        check_timeout("shutdown_timeout", self.shutdown_timeout_s)
+        check_timeout("memory_sample_interval", self.memory_sample_interval_s)
+        if self.hang_timeout_s is not None and not self.hang_timeout_s > 0:
+            raise ValueError(
+                f"hang_timeout: {self.hang_timeout_s!r}: expected seconds above zero, or None"
+            )
+
+
+def checked_spec(
+    name: str,
+    entrypoint: str | Sequence[str] | Callable[..., Any],
+    args: Mapping[int, Sequence[object]],
+    envs: Mapping[int, Mapping[str, str]],
+    logs_specs: LogsSpecs | None,
+    prefixes: Mapping[int, str] | None,
+    start_method: str,
+    stdout_filters: Sequence[str] | None,
+    stderr_filters: Sequence[str] | None,
+    stdin: int | None,
+) -> GroupSpec:
+    """The arguments of ``start_processes`` as a value.
+
+    Raises:
+        RankMapError, ValueError, TypeError: as ``start_processes`` says.
+    """
+    check_rank_maps(args, envs, prefixes)
+    _check_args(args)
+    _check_envs(envs)
+    if start_method not in _START_METHODS:
+        raise ValueError(
+            f"start_method: {start_method!r}: expected 'spawn', 'fork' or 'forkserver'"
+        )
+    if stdin is not None and stdin not in args:
+        raise ValueError(f"stdin: no local rank {stdin!r}: expected 0..{len(args) - 1} or None")
+    return GroupSpec(
+        name=name,
+        entrypoint=_checked_entrypoint(entrypoint),
+        args=args,
+        envs=envs,
+        logs_specs=logs_specs if logs_specs is not None else DefaultLogsSpecs(),
+        log_line_prefixes=prefixes,
+        stdout_filters=_checked_filters("duplicate_stdout_filters", stdout_filters),
+        stderr_filters=_checked_filters("duplicate_stderr_filters", stderr_filters),
+        stdin=stdin,
+        token=f"asv-{os.urandom(8).hex()}",
+    )
+
+
+def check_rank_maps(
+    args: Mapping[int, object], envs: Mapping[int, object], prefixes: Mapping[int, object] | None
+) -> None:
+    """Every map must have the ranks ``0..n-1``, and the same n.
+
+    Raises:
+        RankMapError: naming the map and the ranks that are missing or too many.
+    """
+    if not args:
+        raise RankMapError("args: no worker at all: expected a map of local ranks 0..n-1")
+    check_ranks("args", args, len(args))
+    check_ranks("envs", envs, len(args))
+    if prefixes:
+        unknown = sorted(set(prefixes) - set(range(len(args))), key=str)
+        if unknown:
+            raise RankMapError(f"log_line_prefixes: no such local ranks: {unknown}")
+
+
+def check_ranks(what: str, given: Mapping[int, object], nprocs: int) -> None:
+    """`given` must have the ranks ``0..nprocs-1``.
+
+    Raises:
+        RankMapError: naming the ranks that are missing or too many.
+    """
+    expected, actual = set(range(nprocs)), set(given)
+    if actual == expected:
+        return
+    parts = []
+    if missing := sorted(expected - actual):
+        parts.append(f"missing {missing}")
+    if extra := sorted(actual - expected, key=str):
+        parts.append(f"not expected {extra}")
+    raise RankMapError(
+        f"{what}: expected local ranks 0..{nprocs - 1}, got {sorted(actual, key=str)}: "
+        + ", ".join(parts)
+    )
+
+
+def check_timeout(what: str, timeout_s: float) -> None:
+    """Raises ValueError for a negative number, and for NaN."""
+    if not timeout_s >= 0:
+        raise ValueError(f"{what}: {timeout_s!r}: expected seconds, zero or more")
+
+
+def checked_signal(sig: int) -> int:
+    """Raises ValueError for a number that is no signal of this system."""
+    if sig not in signal.valid_signals():
+        raise ValueError(f"{sig!r} is not a signal of this system")
+    return int(sig)
+
+
+def _check_args(args: Mapping[int, Sequence[object]]) -> None:
+    for rank, given in args.items():
+        # A string is a sequence, too: each letter would become an argument.
+        if isinstance(given, str | bytes):
+            raise ValueError(
+                f"args: local rank {rank}: {given!r}: expected a sequence of arguments, not one"
+            )
+
+
+def _check_envs(envs: Mapping[int, Mapping[str, str]]) -> None:
+    for rank, env in envs.items():
+        for name, value in env.items():
+            if not (isinstance(name, str) and isinstance(value, str)):
+                raise TypeError(
+                    f"envs: local rank {rank}: {name!r}: {value!r}: expected strings (torch's "
+                    "maps hold strings, too)"
+                )
+            if not name or "=" in name or "\0" in name or "\0" in value:
+                raise ValueError(
+                    f"envs: local rank {rank}: {name!r}: {value!r}: a name is not empty and has no "
+                    "'=', and neither has a zero byte"
+                )
+
+
+def _checked_entrypoint(
+    entrypoint: str | Sequence[str] | Callable[..., Any],
+) -> str | tuple[str, ...]:
+    if callable(entrypoint):
+        raise NotSupportedError(
+            f"entrypoint: {entrypoint!r} is a function; only programs can be started so far",
+            hint="put it into a script and pass [sys.executable, 'script.py']",
+        )
+    if isinstance(entrypoint, str):
+        parts: tuple[str, ...] = (entrypoint,)
+    else:
+        parts = tuple(entrypoint)
+    if not parts or not parts[0] or not all(isinstance(part, str) for part in parts):
+        raise ValueError(
+            f"entrypoint: {entrypoint!r}: expected a program, or a sequence of strings whose "
+            "first is a program"
+        )
+    return entrypoint if isinstance(entrypoint, str) else parts
+
+
+def _checked_filters(what: str, filters: Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(filters, str):
+        raise ValueError(f"{what}: {filters!r}: expected a sequence of strings, not one string")
+    return tuple(filters or ())

@@ -1,0 +1,69 @@
+"""What runs inside workers beside `record`: stack dumps on request, and heartbeats.
+
+The supervisor names the files in the environment; without them nothing here does anything, so
+a program may call it whoever started it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+STACKS_VARIABLE = "ASUPERVISE_STACKS_FILE"
+HEARTBEAT_VARIABLE = "ASUPERVISE_HEARTBEAT_FILE"
+
+# A real-time signal that neither libc, nor launchers, nor users have a meaning for: SIGUSR1 and
+# SIGUSR2 belong to the programs. The supervisor sends it only to processes that catch it.
+STACKS_SIGNAL = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
+
+
+def arm_stack_dumps() -> bool:
+    """Let the supervisor's signal write all threads' stacks to the file that it has named.
+
+    faulthandler writes them from the signal handler, in C: also while the interpreter is stuck
+    in C code that holds the GIL. `record` calls this for its program.
+
+    Returns:
+        Whether it is armed: False where no supervisor has named a file.
+
+    Example:
+        >>> arm_stack_dumps()
+        False
+    """
+    path = os.environ.get(STACKS_VARIABLE)
+    if not path:
+        return False
+    import faulthandler
+
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        faulthandler.register(STACKS_SIGNAL, file=fd, all_threads=True)
+    except (OSError, RuntimeError, ValueError):
+        # A diagnostic aid must not stop the program: the supervisor looks at /proc then.
+        return False
+    return True
+
+
+def heartbeat() -> None:
+    """Tell the supervisor that this worker makes progress.
+
+    From the first call on, ``hang_timeout`` counts from the last heartbeat, and neither output
+    nor CPU use counts as a sign of life. Costs one system call: it sets the time of a file, which
+    a full disk does not hinder. Outside a supervisor it does nothing.
+
+    Example:
+        >>> heartbeat()
+    """
+    # No descriptor is kept: a program that closes all of its own would give ours to a file of its
+    # own.
+    path = os.environ.get(HEARTBEAT_VARIABLE)
+    if not path:
+        return
+    try:
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError:
+        # A diagnostic aid must not end the program (no inode is left, the folder is gone).
+        pass

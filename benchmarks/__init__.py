@@ -1,0 +1,1 @@
+"""How fast asupervise is, beside the limit that the system sets: ``python -m benchmarks``."""

@@ -18,8 +18,6 @@ from asupervise.errors import SupervisorError
 from asupervise.options import LaunchOptions, UsageError, help_text, parse_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from asupervise.failures import RunProcsResult
     from asupervise.job import Job
 
@@ -78,7 +76,7 @@ def _run(options: LaunchOptions) -> int:
         return _refuse(error)
     import asyncio
 
-    return asyncio.run(_supervise(job, _handled(options)))
+    return asyncio.run(_supervise(job, options))
 
 
 # --- one job ---------------------------------------------------------------------------------
@@ -88,17 +86,23 @@ def _handled(options: LaunchOptions) -> tuple[Signals, ...]:
     if options.signals_to_handle is not None:
         return options.signals_to_handle
     # Who started us with a signal ignored (nohup; a shell's background job) wants to survive it.
-    return tuple(sig for sig in _ENDING_SIGNALS if getsignal(sig) is not SIG_IGN)
+    return tuple(
+        sig
+        for sig in _ENDING_SIGNALS
+        if getsignal(sig) is not SIG_IGN and sig not in options.forward_signals
+    )
 
 
-async def _supervise(job: Job, handled: Iterable[Signals]) -> int:
+async def _supervise(job: Job, options: LaunchOptions) -> int:
     from asupervise.procs import start_processes
     from asupervise.signals import handle_signals
 
-    grace_s = job.arguments["shutdown_timeout"]
     # Before anything is started: a signal that arrives while the workers start is not lost.
     with handle_signals(
-        None, handled, shutdown_timeout=grace_s, on_signal=_announce_end
+        signals=_handled(options),
+        forward=options.forward_signals,
+        shutdown_timeout=options.shutdown_timeout,
+        on_signal=_announce,
     ) as handling:
         try:
             ctx = await start_processes(**job.arguments)
@@ -111,7 +115,7 @@ async def _supervise(job: Job, handled: Iterable[Signals]) -> int:
     return _concluded(job, result, handling.received)
 
 
-def _announce_end(sig: Signals, again: bool) -> None:
+def _announce(sig: Signals, again: bool) -> None:
     if again:
         _say(f"asupervise: {sig.name} again: killing the workers")
     else:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,19 @@ from asupervise.failures import ProcessFailure, RunProcsResult, read_error_file
 from asupervise.handler import SubprocessHandler
 from asupervise.plan import GroupPlan
 
-_STDERR_TAIL_BYTES = 16384
+# faulthandler's words about a program of many threads are long.
+_STDERR_TAIL_BYTES = 256 * 1024
 _STDERR_TAIL_LINES = 20
-# Where the interpreter's own words about its end begin (faulthandler's documentation).
+# The interpreter's own words about its end: how they begin and which lines follow (faulthandler's
+# documentation; CPython's Python/traceback.c). Fewer lines are shown than the report has room for.
 _FATAL = "Fatal Python error: "
+_FATAL_LINES = 40
+_FATAL_LINE = re.compile(
+    r"$|Python runtime state: |Current thread|Thread |Extension modules: "
+    r"|  (?:File|Binary file|Garbage-collecting|\.\.\.|<)"
+)
 
-DetailsOf = Callable[[SubprocessHandler, Exit, bool], dict[str, Any]]
+DetailsOf = Callable[[SubprocessHandler, Exit], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +62,9 @@ async def result_of(
     plan: GroupPlan,
     handlers: Mapping[int, SubprocessHandler],
     warnings: list[str],
+    *,
     details_of: DetailsOf,
+    hung: Collection[int] = (),
 ) -> RunProcsResult:
     """The result of a group that has ended. Reads what failed workers left, in a thread.
 
@@ -62,8 +73,13 @@ async def result_of(
         handlers: its workers, by local rank.
         warnings: what went wrong beside them.
         details_of: further fields of a worker's failure; called in the thread.
+        hung: the local ranks that have failed however they took our signal.
     """
-    failed = [h for _, h in sorted(handlers.items()) if h.exit is None or h.exit.code != 0]
+    failed = [
+        handler
+        for rank, handler in sorted(handlers.items())
+        if handler.exit is None or handler.exit.code != 0 or rank in hung
+    ]
     if not failed:
         removed = await files.remove_run_folder(plan)
         return _result(plan, {}, warnings, removed=removed)
@@ -97,7 +113,8 @@ def _failure(handler: SubprocessHandler, clock: WallClock, details_of: DetailsOf
     return ProcessFailure.from_exit(
         local_rank=handler.local_rank,
         pid=handler.pid,
-        exitcode=exit.code,
+        # One that hung, and took our signal for a reason to end well, has not ended well.
+        exitcode=exit.code or -signal.SIGTERM,
         error_file=path or "",
         record=record,
         observed_at=observed_at,
@@ -105,7 +122,7 @@ def _failure(handler: SubprocessHandler, clock: WallClock, details_of: DetailsOf
         our_signals=our_signals,
         signalled_at=None if signalled_ns is None else clock.seconds(signalled_ns),
         stderr_tail=_last_lines(handler.plan.stderr),
-        **details_of(handler, exit, bool(our_signals)),
+        **details_of(handler, exit),
     )
 
 
@@ -113,7 +130,19 @@ def _last_lines(path: str | None) -> str:
     if not path or path == os.devnull:
         return ""
     text = files.read_tail(path, _STDERR_TAIL_BYTES)
-    if _FATAL in text:
-        return text[text.rindex(_FATAL) :]
-    lines = text.splitlines()
-    return "\n".join(lines[-_STDERR_TAIL_LINES:])
+    return fatal_words(text) or "\n".join(text.splitlines()[-_STDERR_TAIL_LINES:])
+
+
+def fatal_words(text: str) -> str:
+    """What the interpreter said about its end, if a stderr ends with that; "" otherwise.
+
+    With many threads only the one that it died in.
+    """
+    start = text.rfind(_FATAL)
+    lines = text[start:].splitlines() if start >= 0 else []
+    if not lines or not all(map(_FATAL_LINE.match, lines[1:])):
+        return ""
+    if len(lines) <= _FATAL_LINES:
+        return "\n".join(lines)
+    at = next((n for n, line in enumerate(lines) if line.startswith("Current thread ")), 1)
+    return "\n".join([lines[0], "", *lines[at : at + _FATAL_LINES]])

@@ -201,6 +201,7 @@ class PContext:
 
     def _on_exit(self, handler: SubprocessHandler, exit: Exit) -> None:
         self._exited += 1
+        self._diagnosis.on_exit(handler, exit)
         if self._exited >= len(self._handlers):
             self._cleanup.woken_by_exit()
         if self._exited == self.nprocs or exit.code != 0:
@@ -218,7 +219,11 @@ class PContext:
                     if streams is not None:
                         streams.stop()
             result = await collect.result_of(
-                self.plan, self._handlers, warnings, self._diagnosis.details
+                self.plan,
+                self._handlers,
+                warnings,
+                details_of=self._diagnosis.details,
+                hung=self._diagnosis.hung,
             )
         except asyncio.CancelledError:
             self._started.cancel()
@@ -256,7 +261,6 @@ class PContext:
                 if guardian is not None:
                     stack.callback(self._introduce_soon(guardian).cancel)
                 self._diagnosis.start()
-                stack.callback(self._diagnosis.stop)
                 self._started.set_result(None)
                 await self._ending.wait()
             finally:
@@ -295,10 +299,12 @@ class PContext:
 
     async def _end(self) -> list[Survivor]:
         handlers = list(self._handlers.values())
+        await self._diagnosis.group_ends()
         survivors = await self._cleanup.run(handlers, self._end_signal, self._end_grace_s)
         for handler in handlers:
             if handler.running:
                 handler.abandon()
+        await self._diagnosis.group_has_ended()
         return survivors
 
 

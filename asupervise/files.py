@@ -38,7 +38,8 @@ def _check_program(worker: WorkerPlan, path: str, cwd: str | None) -> None:
     if os.path.dirname(program):
         found = [os.path.join(cwd or "", program)]
     else:
-        found = [os.path.join(folder, program) for folder in path.split(os.pathsep) if folder]
+        # An empty or relative entry starts from the working directory, as in execvp(3).
+        found = [os.path.join(cwd or "", folder, program) for folder in path.split(os.pathsep)]
     there = [candidate for candidate in found if os.path.isfile(candidate)]
     if not there:
         where = "" if os.path.dirname(program) else " on PATH"
@@ -61,16 +62,19 @@ def make_folders(plan: GroupPlan) -> None:
     logs = plan.logs
     paths = [*logs.stdouts.values(), *logs.stderrs.values(), *logs.error_files.values()]
     folders = {os.path.dirname(p) for p in paths if p and p != os.devnull}
-    made: set[str] = set()
+    known: set[str] = set()
     for folder in sorted(folders):
-        _make(folder, made)
+        _make(folder, known)
 
 
-def _make(folder: str, made: set[str]) -> None:
-    # `os.makedirs` gives its mode to the last folder only.
-    if not folder or folder in made:
+def _make(folder: str, known: set[str]) -> None:
+    # From the top down, for `os.makedirs` gives its mode to the last folder only.
+    if not folder or folder in known:
         return
-    made.add(folder)
+    parent = os.path.dirname(folder)
+    if parent not in known and not os.path.isdir(folder):
+        _make(parent, known)
+    known.add(folder)
     try:
         os.mkdir(folder, _FOLDER_MODE)
     except FileExistsError:
@@ -78,9 +82,6 @@ def _make(folder: str, made: set[str]) -> None:
             raise NotADirectoryError(
                 errno.ENOTDIR, "log folder: a file stands there", folder
             ) from None
-    except FileNotFoundError:
-        _make(os.path.dirname(folder), made)
-        os.mkdir(folder, _FOLDER_MODE)
 
 
 async def remove_run_folder(plan: GroupPlan) -> bool:

@@ -49,6 +49,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _seconds_above_zero(text: str) -> float:
+    value = _seconds(text)
+    if not value:
+        raise ValueError("expected a number of seconds above 0")
+    return value
+
+
 def _choice(*words: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in words:
@@ -319,6 +326,38 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             _seconds,
             "SECONDS",
             variable="TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+        ),
+        Flag(
+            "--forward-signals",
+            "Signals that are passed on to the workers and end nothing, as in SIGUSR1,SIGUSR2.",
+            _signals,
+            "NAMES",
+            ours=True,
+        ),
+        Flag(
+            "--no-guardian",
+            "Do without the small process that ends the workers when this one is killed.",
+            ours=True,
+            negates="guardian",
+        ),
+    ),
+    "Failures": (
+        Flag(
+            "--hang-timeout",
+            "End the job, and show where each worker is, when one has written nothing and used no "
+            "CPU for so long; or, once it has called asupervise.heartbeat(), not called it again "
+            "(default: never).",
+            _seconds_above_zero,
+            "SECONDS",
+            ours=True,
+        ),
+        Flag(
+            "--memory-sample-interval",
+            "How often to look at the workers' memory, which the report of a SIGKILL tells; "
+            "0: never (default: 10).",
+            _seconds,
+            "SECONDS",
+            ours=True,
         ),
     ),
     "Where the ranks meet": (

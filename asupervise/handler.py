@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from typing import IO
+from contextlib import ExitStack
 
 from asupervise import procfs
 from asupervise._compat import Child, Exit, exit_now, has_ended, spawn
@@ -77,24 +77,22 @@ class SubprocessHandler:
             OSError: if it cannot be started, with the rank and the program in the message.
         """
         self = cls(plan, on_exit)
-        opened: list[IO[bytes]] = []
         self.started_ns = time.monotonic_ns()
-        try:
-            self._child = await spawn(
-                plan.argv,
-                on_exit=self._ended,
-                stdin=None if plan.stdin else subprocess.DEVNULL,
-                stdout=_open_log(plan.stdout, opened),
-                stderr=_open_log(plan.stderr, opened),
-                env={**parent_env, **plan.env},
-                cwd=cwd,
-                start_new_session=True,
-            )
-        except OSError as exc:
-            raise _named(exc, plan) from exc
-        finally:
-            for file in opened:
-                file.close()
+        with ExitStack() as opened:
+            stdout, stderr = (_open_log(path, plan, opened) for path in (plan.stdout, plan.stderr))
+            try:
+                self._child = await spawn(
+                    plan.argv,
+                    on_exit=self._ended,
+                    stdin=None if plan.stdin else subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=stderr,
+                    env={**parent_env, **plan.env},
+                    cwd=cwd,
+                    start_new_session=True,
+                )
+            except OSError as exc:
+                raise _named(exc, plan, f"cannot start {plan.argv[0]!r}") from exc
         self.pid = self._child.pid
         if self.exit is not None:
             self._settle(self.exit)
@@ -196,19 +194,18 @@ class SubprocessHandler:
         return f"<SubprocessHandler rank {self.local_rank} pid {self.pid}: {state}>"
 
 
-def _open_log(path: str | None, opened: list[IO[bytes]]) -> IO[bytes] | None:
+def _open_log(path: str | None, plan: WorkerPlan, opened: ExitStack) -> int | None:
     if path is None:
         return None
-    file = os.fdopen(os.open(path, _LOG_FLAGS, _LOG_MODE), "wb", buffering=0)
-    opened.append(file)
-    return file
+    try:
+        fd = os.open(path, _LOG_FLAGS, _LOG_MODE)
+    except OSError as exc:
+        raise _named(exc, plan, "cannot open its log") from exc
+    opened.callback(os.close, fd)
+    return fd
 
 
-def _named(exc: OSError, plan: WorkerPlan) -> OSError:
+def _named(exc: OSError, plan: WorkerPlan, what: str) -> OSError:
     """The same error with the rank in it; OSError picks FileNotFoundError and the like by errno."""
-    why = exc.strerror or str(exc)
-    return OSError(
-        exc.errno,
-        f"local rank {plan.local_rank}: cannot start {plan.argv[0]!r}: {why}",
-        exc.filename,
-    )
+    why = f"local rank {plan.local_rank}: {what}: {exc.strerror or exc}"
+    return OSError(exc.errno, why, exc.filename or plan.argv[0])

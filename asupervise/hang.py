@@ -78,6 +78,12 @@ class HangDetector:
         if self._timer is not None:
             self._timer.cancel()
 
+    def beats(self, rank: int) -> bool:
+        """Whether a worker sends heartbeats, and has not missed any yet."""
+        pulse = self._pulses[rank]
+        now_s = asyncio.get_running_loop().time()
+        return pulse.beat is not None and pulse.cause(now_s, self.timeout_s) is None
+
     def _later(self) -> None:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self.timeout_s / _LOOKS_PER_TIMEOUT, self._look)

@@ -70,6 +70,11 @@ def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
         "duplicate_stderr_filters": options.duplicate_stderr_filters,
         "stdin": options.stdin,
         "shutdown_timeout": options.shutdown_timeout,
+        "guardian": options.guardian,
+        # This process is ours alone: orphans may become its children.
+        "subreaper": True,
+        "hang_timeout": options.hang_timeout,
+        "memory_sample_interval": options.memory_sample_interval,
     }
     threads, why_threads = _threads(arguments, workers, environ)
     arguments["envs"] = rank_environments(

@@ -4,8 +4,6 @@ Pure: the environment is passed in, and nothing is printed. A field's value is t
 or else that of ``PET_<FIELD>`` in the environment (torchrun's habit), or else its default.
 """
 
-from __future__ import annotations
-
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -51,6 +49,11 @@ class LaunchOptions(NamedTuple):
 
     signals_to_handle: tuple[signal.Signals, ...] | None = None
     shutdown_timeout: float = 30.0
+    forward_signals: tuple[signal.Signals, ...] = ()
+    guardian: bool = True
+
+    hang_timeout: float | None = None
+    memory_sample_interval: float = 10.0
 
     standalone: bool = False
     master_addr: str | None = None

@@ -90,6 +90,7 @@ def plan_group(spec: GroupSpec, parent_env: Mapping[str, str]) -> GroupPlan:
 
     Raises:
         RankMapError: if the logs specs name files for other ranks than there are.
+        ValueError: if an argument has a zero byte.
         BindingError: if the binding cannot be expressed with the tools that there are.
     """
     nprocs = len(spec.args)
@@ -121,6 +122,9 @@ def _plan_worker(
 ) -> WorkerPlan:
     leading = (spec.entrypoint,) if isinstance(spec.entrypoint, str) else tuple(spec.entrypoint)
     argv = (*leading, *(str(arg) for arg in spec.args[rank]))
+    for part in argv:
+        if "\0" in part:
+            raise ValueError(f"args: local rank {rank}: {part!r}: an argument has no zero byte")
     binding = spec.bindings[rank] if spec.bindings else None
     error_file = logs.error_files.get(rank)
     env[ERROR_FILE_VARIABLE] = "" if error_file in (None, os.devnull) else str(error_file)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from asupervise.procs import PContext
 
 ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# signal(7): nobody is asked about these two.
+_NOT_HANDLED: Final = (signal.SIGKILL, signal.SIGSTOP)
 
 
 class SignalHandling:
@@ -50,21 +52,32 @@ class SignalHandling:
         """A signal has come; called in the event loop."""
         if sig in self._ending:
             self._again = self.received is not None
-            self.received = self.received or signal.Signals(sig)
-            if self._on_signal is not None:
-                self._on_signal(signal.Signals(sig), self._again)
+            self.received = self.received or _named(sig)
         if self._ctx is None:
             self._waiting.append(sig)
         else:
             self._act(sig, self._ctx)
+        # Last: the group is ended whatever the app's own function does.
+        if sig in self._ending and self._on_signal is not None:
+            self._on_signal(_named(sig), self._again)
 
     def _act(self, sig: int, ctx: PContext) -> None:
         if sig in self._forwarded:
-            ctx.send_signal(sig)
+            self._forward(sig, ctx)
         elif self._again:
             self._close(ctx, signal.SIGKILL, 0)
         else:
             self._close(ctx, sig, self._grace_s)
+
+    def _forward(self, sig: int, ctx: PContext) -> None:
+        try:
+            ctx.send_signal(sig)
+        except OSError as exc:
+            # A worker that has changed its user, most likely. Nobody waits here for an exception:
+            # it goes where the app has those of its event loop go.
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"signal {sig} could not be forwarded to {ctx!r}", "exception": exc}
+            )
 
     def _close(self, ctx: PContext, sig: int, grace_s: float) -> None:
         task = asyncio.get_running_loop().create_task(ctx.close(sig, grace_s))
@@ -97,8 +110,9 @@ def handle_signals(
         on_signal: called with each ending signal and whether it is a further one.
 
     Raises:
-        ValueError: for a signal that does not exist or cannot be handled, or in another thread
-            than the main one (signal(7): Python delivers signals there).
+        ValueError: for a signal that does not exist or cannot be handled, for one that is to end
+            the group and to be forwarded as well, for a negative `shutdown_timeout`, or in
+            another thread than the main one (Python's signals are handled there).
 
     Example::
 
@@ -107,7 +121,11 @@ def handle_signals(
                 result = await ctx.wait()
     """
     loop = asyncio.get_running_loop()
-    ending, forwarded = tuple(signals), tuple(forward)
+    ending, forwarded = _checked("signals", signals), _checked("forward", forward)
+    if both := sorted(set(ending) & set(forwarded)):
+        raise ValueError(f"forward: {_names(both)}: to end the group as well, by `signals`")
+    if not shutdown_timeout >= 0:
+        raise ValueError(f"shutdown_timeout: {shutdown_timeout!r}: expected seconds, zero or more")
     handling = SignalHandling(ctx, ending, forwarded, shutdown_timeout, on_signal)
 
     def handler(sig: int, frame: Any) -> None:
@@ -123,3 +141,22 @@ def handle_signals(
             # None: installed by other means than Python's, and out of its reach.
             if previous is not None:
                 signal.signal(sig, previous)
+
+
+def _checked(what: str, signals: Iterable[int]) -> tuple[int, ...]:
+    found = tuple(dict.fromkeys(signals))
+    if wrong := [s for s in found if s not in signal.valid_signals() or s in _NOT_HANDLED]:
+        raise ValueError(f"{what}: {_names(wrong)}: cannot be handled on this system")
+    return found
+
+
+def _names(signals: Iterable[int]) -> str:
+    return ", ".join(getattr(_named(sig), "name", repr(sig)) for sig in signals)
+
+
+def _named(sig: int) -> signal.Signals:
+    """With its name where it has one: most real-time signals are numbers only."""
+    try:
+        return signal.Signals(sig)
+    except ValueError:
+        return sig  # type: ignore[return-value]

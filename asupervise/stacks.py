@@ -103,9 +103,7 @@ def odd_one_out(stacks: Mapping[int, Stack]) -> int | None:
     return _single(_grouped(stacks, _functions)) if odd is None else odd
 
 
-def _grouped(
-    stacks: Mapping[int, Stack], key: Callable[[Stack], object]
-) -> list[tuple[int, ...]]:
+def _grouped(stacks: Mapping[int, Stack], key: Callable[[Stack], object]) -> list[tuple[int, ...]]:
     groups: dict[object, list[int]] = {}
     for rank, stack in sorted(stacks.items()):
         groups.setdefault(key(stack), []).append(rank)
@@ -187,6 +185,15 @@ async def dump(handlers: Sequence[SubprocessHandler]) -> dict[int, Stack]:
 
 
 async def _one(handler: SubprocessHandler, spies: _PySpies) -> Stack | None:
+    try:
+        return await _best(handler, spies)
+    except (OSError, RuntimeError):
+        # No descriptor or no thread is left: not knowing where it is must not keep a group from
+        # being ended.
+        return None
+
+
+async def _best(handler: SubprocessHandler, spies: _PySpies) -> Stack | None:
     path = handler.plan.env.get(STACKS_VARIABLE) or ""
     rank, said = handler.local_rank, ""
     # A worker may be a shell that runs the program: the program is then in its session.

@@ -12,6 +12,7 @@ import enum
 import io
 import os
 import stat
+import struct
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -32,6 +33,10 @@ IDLE_S = 0.5
 PROGRESS_S = 5.0
 # Only where the kernel has no inotify for us (not Linux, or its limits are reached).
 POLL_S = 0.05
+
+# struct inotify_event without its name: watch, mask, cookie, length of the name.
+_EVENT = struct.Struct("iIII")
+_EVENTS_BYTES = 64 * 1024
 
 
 class Watched(Protocol):
@@ -63,19 +68,20 @@ class InotifyWatches:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         import asyncinotify
 
-        self._inotify = asyncinotify.Inotify(cache_size=64)
-        # So that reading in a callback of the loop says when there is nothing more.
-        os.set_blocking(self._inotify.fd, False)
+        self._inotify = asyncinotify.Inotify()
+        self._fd = self._inotify.fd
+        # So that reading in a callback of the loop can never wait.
+        os.set_blocking(self._fd, False)
         mask = asyncinotify.Mask
         # ATTRIB comes with unlink and rename-over (the link count), MOVE_SELF with rename.
         self._file_mask = mask.MODIFY | mask.ATTRIB | mask.MOVE_SELF
         self._folder_mask = mask.CREATE | mask.MOVED_TO
         self._ended, self._overflow = int(mask.IGNORED), int(mask.Q_OVERFLOW)
-        self._waiting: dict[Any, list[Watched]] = {}
+        self._waiting: dict[int, list[Watched]] = {}
         self._file_watches: dict[Watched, Any] = {}
         self._folder_watches: dict[Watched, Any] = {}
         self._loop = loop
-        loop.add_reader(self._inotify.fd, self._dispatch)
+        loop.add_reader(self._fd, self._dispatch)
 
     def arm(self, who: Watched) -> None:
         """Call `who.changed()` when its file changes, until that returns False.
@@ -101,7 +107,7 @@ class InotifyWatches:
     def _add(self, path: str, mask: Any, who: Watched) -> Any:
         # One file or folder is one watch, whoever asks.
         watch = self._inotify.add_watch(path, mask)
-        self._waiting.setdefault(watch, []).append(who)
+        self._waiting.setdefault(watch.wd, []).append(who)
         return watch
 
     def forget(self, who: Watched) -> None:
@@ -110,11 +116,11 @@ class InotifyWatches:
                 self._drop(watches.pop(who), who)
 
     def _drop(self, watch: Any, who: Watched) -> None:
-        waiting = self._waiting[watch]
+        waiting = self._waiting[watch.wd]
         waiting.remove(who)
         if waiting:
             return
-        del self._waiting[watch]
+        del self._waiting[watch.wd]
         try:
             self._inotify.rm_watch(watch)
         except OSError:
@@ -122,26 +128,32 @@ class InotifyWatches:
             pass
 
     def _dispatch(self) -> None:
+        # Not with the library's reader, which takes ten times as long: a third of the time that
+        # a line needs to the console.
         try:
-            while True:
-                event = self._inotify.sync_get()
-                mask = int(event.mask)
-                if mask & self._overflow:
-                    # Events were dropped: everybody looks for himself.
-                    self._fired(*self._waiting)
-                elif event.watch in self._waiting:
-                    self._fired(event.watch, ended=bool(mask & self._ended))
+            events = os.read(self._fd, _EVENTS_BYTES)
         except BlockingIOError:
             return
+        position = 0
+        while position < len(events):
+            watch, mask, _, name_bytes = _EVENT.unpack_from(events, position)
+            position += _EVENT.size + name_bytes
+            if mask & self._overflow:
+                # Events were dropped: everybody looks for himself.
+                for other in list(self._waiting):
+                    self._fired(other)
+            if mask & self._ended:
+                # What its reader does then, and all that it does: else it would keep them all.
+                self._inotify._watches.pop(watch, None)
+            self._fired(watch, ended=bool(mask & self._ended))
 
-    def _fired(self, *watches: Any, ended: bool = False) -> None:
-        for watch in watches:
-            for who in self._waiting.get(watch, [])[:]:
-                if not who.changed() or ended:
-                    self.forget(who)
+    def _fired(self, watch: int, *, ended: bool = False) -> None:
+        for who in self._waiting.get(watch, ())[:]:
+            if not who.changed() or ended:
+                self.forget(who)
 
     def close(self) -> None:
-        self._loop.remove_reader(self._inotify.fd)
+        self._loop.remove_reader(self._fd)
         self._inotify.close()
 
 

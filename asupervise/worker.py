@@ -16,6 +16,8 @@ HEARTBEAT_VARIABLE = "ASUPERVISE_HEARTBEAT_FILE"
 # SIGUSR2 belong to the programs. The supervisor sends it only to processes that catch it.
 STACKS_SIGNAL = signal.SIGRTMAX - 3 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
 
+_armed = False
+
 
 def arm_stack_dumps() -> bool:
     """Let the supervisor's signal write all threads' stacks to the file that it has named.
@@ -30,9 +32,10 @@ def arm_stack_dumps() -> bool:
         >>> arm_stack_dumps()
         False
     """
+    global _armed
     path = os.environ.get(STACKS_VARIABLE)
-    if not path:
-        return False
+    if _armed or not path:
+        return _armed
     import faulthandler
 
     try:
@@ -41,6 +44,7 @@ def arm_stack_dumps() -> bool:
     except (OSError, RuntimeError, ValueError):
         # A diagnostic aid must not stop the program: the supervisor looks at /proc then.
         return False
+    _armed = True
     return True
 
 

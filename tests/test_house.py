@@ -78,7 +78,7 @@ ROOMS = {
     "hang": room("errors handler procfs worker", asynchronous=True),
     "memory": room("errors handler procfs", others="psutil", asynchronous=True),
     "stacks": room("_compat errors handler procfs worker", asynchronous=True),
-    "diagnosis": room("_compat errors handler hang memory plan stacks", asynchronous=True),
+    "diagnosis": room("_compat errors handler hang memory plan procfs stacks", asynchronous=True),
     "files": room("errors plan", asynchronous=True),
     "collect": room("failures files handler plan", asynchronous=True),
     # Showing what it says.

@@ -718,5 +718,5 @@ def test_who_cannot_be_ended_is_named_and_no_longer_waited_for() -> None:
     assert done.stderr == ""
     pid, exitcode, ended_by_us, closed, warnings = json.loads(done.stdout)
     assert (exitcode, ended_by_us) == (-signal.SIGKILL, True)
-    assert closed == 2  # that which told of its end, and the guardian's pipe
+    assert closed == 3  # what told of its end and of the guardian's, and the guardian's pipe
     assert any(f"process {pid} (sleep) of local rank 0 could not be" in text for text in warnings)

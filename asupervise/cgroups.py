@@ -4,13 +4,15 @@ Whatever a worker's descendants do to their session, their parent or their envir
 in the cgroup: there they are found and, with ``cgroup.kill`` (Linux 5.14), killed at once
 (kernel documentation, admin-guide/cgroup-v2). Used only below a cgroup that its manager has
 given to us (``Delegate=yes`` of systemd, or a folder that our user owns): elsewhere, making
-cgroups would interfere with whoever manages them.
+cgroups would interfere with whoever manages them. Used only by programs that own their process,
+because that is moved itself while the workers start.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from asupervise import procfs
 
@@ -24,9 +26,22 @@ class OwnCgroup:
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
-    def add(self, pid: int) -> None:
-        """Put a worker in. What it has forked before is found by other means."""
-        _write(os.path.join(self.folder, "cgroup.procs"), str(pid))
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Be in it ourselves, so that what we start is born there.
+
+        Moving each worker in after its start would be too late for what it has forked by then,
+        and every move waits for the kernel's other processors (``synchronize_rcu``): two moves
+        of ours are cheaper than one of each worker.
+        """
+        if not _write(os.path.join(self.folder, "cgroup.procs"), str(os.getpid())):
+            yield
+            return
+        try:
+            yield
+        finally:
+            parent = os.path.dirname(self.folder)
+            _write(os.path.join(parent, "cgroup.procs"), str(os.getpid()))
 
     def pids(self) -> list[int]:
         """Everybody in it, and in the cgroups that they have made below it."""

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from asupervise import procfs
+from asupervise.cgroups import OwnCgroup
 from asupervise.handler import SubprocessHandler
 
 # How long a SIGKILLed process may take to go: longer means uninterruptible sleep.
@@ -95,7 +96,7 @@ class Cleanup:
         adopts: whether orphans of the group become our children (a subreaper): then whoever is
             our child and not ours by other means is one, whatever it did to its environment.
         before_kill: awaited, for a bounded time, when the grace is over and a worker still
-            runs, unless somebody is in a hurry.
+            runs; not where there was no grace, or somebody is in a hurry.
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class Cleanup:
         self._refused: dict[int, str] = {}
         # Processes that the supervisor has started beside the workers.
         self.helpers: set[int] = set()
+        # The group's own cgroup, where one has been delegated to us.
+        self.cgroup: OwnCgroup | None = None
         self.running = False
 
     def woken_by_exit(self) -> None:
@@ -149,7 +152,8 @@ class Cleanup:
         if self._somebody_left():
             self._signal_groups(sig)
             if not await self._groups_gone():
-                await self._last_look()
+                if grace_s > 0:
+                    await self._last_look()
                 self._signal_groups(signal.SIGKILL)
                 self._deadline = time.monotonic() + KILL_WAIT_S
                 await self._groups_gone()
@@ -244,6 +248,8 @@ class Cleanup:
             first = round_ == 0 and sig != signal.SIGKILL
             for entry in found:
                 self._end_one(entry, sig if first else signal.SIGKILL)
+            if self.cgroup is not None and not first:
+                self.cgroup.kill()
             grace_s = min(SWEEP_GRACE_S, max(0.0, self._deadline - time.monotonic()))
             self._deadline = time.monotonic() + (grace_s if first else KILL_WAIT_S)
             if not await self._gone(found) and not first:
@@ -261,7 +267,8 @@ class Cleanup:
         """Everybody alive who carries our token, except the workers that are still running."""
         started = len(self._handlers) + len(self.helpers)
         candidates = self._mark.pids_since(started) if started else None
-        if candidates == []:
+        inside = set(self.cgroup.pids()) if self.cgroup is not None else set()
+        if candidates == [] and not inside:
             return []
         workers = {h.pid for h in self._handlers if h.running}
         sessions = self._living_sessions()
@@ -271,7 +278,8 @@ class Cleanup:
             if entry.pid not in workers
             and entry.pid not in self._refused
             and (
-                entry.session in sessions
+                entry.pid in inside
+                or entry.session in sessions
                 or procfs.environment_holds(entry.pid, self._token)
                 or (self._adopts is not None and self._is_adopted(entry))
             )
@@ -306,12 +314,22 @@ class Cleanup:
         ]
 
 
-async def end_orphans(token: str, leaders: Sequence[tuple[int, int]], grace_s: float) -> None:
+async def end_orphans(
+    token: str,
+    leaders: Sequence[tuple[int, int]],
+    grace_s: float,
+    cgroup: OwnCgroup | None = None,
+) -> None:
     """End a group whose supervisor is gone: the ladder without workers of our own.
 
     Args:
         token: the supervisor's.
         leaders: its workers, by pid and start time.
         grace_s: seconds from SIGTERM to SIGKILL.
+        cgroup: its own cgroup, if it had one; removed.
     """
-    await Cleanup(token, leaders=leaders).run((), signal.SIGTERM, grace_s)
+    cleanup = Cleanup(token, leaders=leaders)
+    cleanup.cgroup = cgroup
+    await cleanup.run((), signal.SIGTERM, grace_s)
+    if cgroup is not None:
+        cgroup.remove()

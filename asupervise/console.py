@@ -26,10 +26,8 @@ from asupervise.framing import Framed
 
 T = TypeVar("T")
 
-# So much is handed over without a thread at the most, to a pipe that is empty and holds
-# `_PIPE_BYTES` or more; what the host itself has printed and not flushed (8 KiB of text and as
-# much of bytes, at the most) fits beside it.
-_AT_ONCE_BYTES = 16 * 1024
+# A pipe is written in the event loop, without ever waiting in it, if it holds so much: then what
+# the host has printed and not flushed (8 KiB of text and as much of bytes, at the most) fits.
 _PIPE_BYTES = 64 * 1024
 # How many tailers may have a block in their hands that the console has not taken yet: enough
 # to read one while another is written, however many tailers there are.
@@ -73,7 +71,7 @@ class Console:
         self._executor = executor
         self._screen = screen or Screen()
         self._fd = _descriptor(stream)
-        self._empty_pipe_takes = self._fd is not None and _is_large_pipe(self._fd)
+        self._takes_what_fits = self._fd is not None and _is_large_pipe(self._fd)
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self.blocks = asyncio.Semaphore(_BLOCKS_AHEAD)
         self.broken: Exception | None = None
@@ -101,6 +99,10 @@ class Console:
             # (ValueError), or it is an object of the host's that raises what it likes. The
             # workers go on, and the result says what was not shown.
             self.broken = exc
+        except asyncio.CancelledError:
+            # Whoever comes next must not go on in the middle of what was being written.
+            self._screen.unfinished_by = self
+            raise
 
     def _joined(self, owner: object, framed: Framed) -> bytes:
         screen = self._screen
@@ -116,9 +118,11 @@ class Console:
     async def _put(self, data: bytes) -> None:
         stream, fd = self._stream, self._fd
         if fd is not None:
-            taken = self._write_at_once(data) if self._empty_pipe_takes else 0
-            if taken < len(data):
-                await self._in_thread(_write_to_descriptor, stream, fd, memoryview(data)[taken:])
+            left = memoryview(data)
+            if self._takes_what_fits:
+                left = await self._write_what_fits(fd, left)
+            if left:
+                await self._in_thread(_write_to_descriptor, stream, fd, left)
         elif not _has_byte_layer(stream):
             await self._write_text(self._decoder.decode(data))
         elif _descriptor_below(stream) is None:
@@ -130,23 +134,29 @@ class Console:
     async def _in_thread(self, call: Callable[..., object], *args: object) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
 
-    def _write_at_once(self, data: bytes) -> int:
-        """Write as much as a pipe takes without any waiting: a thread would cost 0.1 ms."""
-        assert self._fd is not None
-        if len(data) > _AT_ONCE_BYTES or _waiting_bytes(self._fd):
-            return 0
-        self._stream.flush()
-        try:
-            # Unlike O_NONBLOCK this flag is not shared with the others that have the pipe open.
-            return os.pwritev(self._fd, (data,), -1, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return 0
-        except BrokenPipeError:
-            raise
-        except OSError:
-            # EOPNOTSUPP: Linux knows this for pipes since 6.4.
-            self._empty_pipe_takes = False
-            return 0
+    async def _write_what_fits(self, fd: int, data: memoryview) -> memoryview:
+        """Write to a pipe whenever there is room; returns what has to go another way.
+
+        A thread costs 0.1 ms for each line, and would be stuck as long as nobody reads.
+        """
+        if self._stream.closed:
+            raise ValueError("closed by its owner")
+        if not _waiting_bytes(fd):
+            # What the host has printed comes first, where that takes no waiting.
+            self._stream.flush()
+        while data:
+            try:
+                # Unlike O_NONBLOCK this flag is not shared with others that have the pipe.
+                data = data[os.pwritev(fd, (data,), -1, os.RWF_NOWAIT) :]
+            except BlockingIOError:
+                await _wait_for_room(fd)
+            except BrokenPipeError:
+                raise
+            except OSError:
+                # EOPNOTSUPP: Linux knows this for pipes since 6.4.
+                self._takes_what_fits = False
+                break
+        return data
 
     async def _write_text(self, text: str) -> None:
         # An object of the host's own. It is called in this thread, because it may tell by it
@@ -195,6 +205,19 @@ def _is_large_pipe(fd: int) -> bool:
         return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) >= _PIPE_BYTES
     except (AttributeError, OSError):
         return False
+
+
+async def _wait_for_room(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    room = loop.create_future()
+    # The host may have its own transport on the descriptor, and may put another file there.
+    same = os.dup(fd)
+    loop.add_writer(same, lambda: room.done() or room.set_result(None))
+    try:
+        await room
+    finally:
+        loop.remove_writer(same)
+        os.close(same)
 
 
 def _waiting_bytes(fd: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from asupervise import collect, files, procfs
+from asupervise import cgroups, collect, files, procfs
 from asupervise._compat import Exit
 from asupervise.cleanup import Cleanup, Survivor
 from asupervise.diagnosis import Diagnosis
@@ -211,6 +211,8 @@ class PContext:
         warnings = list(self.plan.warnings)
         try:
             files.make_folders(self.plan)
+            if self._options.subreaper:
+                self._cleanup.cgroup = cgroups.make(self.plan.token)
             async with _streams_of(self.plan, warnings) as streams:
                 try:
                     async with self._guarded(warnings) as guardian:
@@ -242,7 +244,8 @@ class PContext:
         if not self._options.guardian:
             yield None
             return
-        async with guarded(self.plan.token) as guardian:
+        cgroup = self._cleanup.cgroup
+        async with guarded(self.plan.token, cgroup.folder if cgroup else "") as guardian:
             self._cleanup.helpers = {guardian.pid}
             yield guardian
             if guardian.lost:
@@ -257,7 +260,10 @@ class PContext:
                 reaper = stack.enter_context(subreaping(self._is_stranger))
                 stack.callback(reaper.reap)
             try:
-                await self._start_workers(streams)
+                self._diagnosis.before_start()
+                cgroup = self._cleanup.cgroup
+                with cgroup.entered() if cgroup else nullcontext():
+                    await self._start_workers(streams)
                 if guardian is not None:
                     stack.callback(self._introduce_soon(guardian).cancel)
                 self._diagnosis.start()
@@ -301,6 +307,8 @@ class PContext:
         handlers = list(self._handlers.values())
         await self._diagnosis.group_ends()
         survivors = await self._cleanup.run(handlers, self._end_signal, self._end_grace_s)
+        if self._cleanup.cgroup is not None:
+            self._cleanup.cgroup.remove()
         for handler in handlers:
             if handler.running:
                 handler.abandon()

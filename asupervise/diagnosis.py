@@ -48,6 +48,7 @@ class Diagnosis:
         self._detector: HangDetector | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._before = memory.OomCounts()
+        self._own_cgroup: str | None = None
         self._cgroups: dict[int, str] = {}
         self._used: dict[int, memory.MemoryUse] = {}
         self._own_peak = 0
@@ -57,13 +58,15 @@ class Diagnosis:
         self._hang_task: asyncio.Task[None] | None = None
         self._dumping: asyncio.Task[dict[int, stacks.Stack]] | None = None
 
+    def before_start(self) -> None:
+        """Workers are about to be started."""
+        # They are in our cgroup until they move: who dies at once is explained, too.
+        self._own_cgroup = memory.memory_cgroup("self")
+        self._before = memory.read_counts([self._own_cgroup] if self._own_cgroup else [])
+
     def start(self) -> None:
         """All workers have been started."""
         loop = asyncio.get_running_loop()
-        # The workers are in our cgroup until they move; who dies at once is then explained, too.
-        ours = memory.memory_cgroup("self")
-        self._before = memory.read_counts([ours] if ours else [])
-        self._cgroups = dict.fromkeys(self._running_pids(), ours or "")
         self._timer = loop.call_later(FIRST_LOOK_S, self._first_look)
         if self._hang_timeout_s is not None:
             self._detector = HangDetector(
@@ -93,7 +96,7 @@ class Diagnosis:
     def on_exit(self, handler: SubprocessHandler, exit: Exit) -> None:
         """A worker has ended: the OOM killer's counters are read before others change them."""
         if exit.code in _BY_SIGKILL and signal.SIGKILL not in handler.our_signals(exit)[0]:
-            folder = self._cgroups.get(handler.pid)
+            folder = self._cgroups.get(handler.pid, self._own_cgroup)
             after = memory.read_counts([folder] if folder else [])
             self._killed_by[handler.pid] = memory.explain_sigkill(self._before, after, folder)
 
@@ -115,10 +118,11 @@ class Diagnosis:
             if self._samples and (used := memory.memory_of(pid)):
                 self._used[pid] = used
             folder = memory.memory_cgroup(pid)
-            if folder is not None and folder != self._cgroups.get(pid):
-                self._cgroups[pid] = folder
-                if folder not in groups and (group := memory.read_group(folder)):
-                    groups[folder] = group
+            if folder is None:
+                continue
+            self._cgroups[pid] = folder
+            if folder not in groups and (group := memory.read_group(folder)):
+                groups[folder] = group
         self._before = memory.OomCounts(groups, self._before.machine)
 
     def _peak(self, handler: SubprocessHandler, exit: Exit) -> int | None:

@@ -47,14 +47,16 @@ class Guardian:
 
     Args:
         token: stands in the environment of every process of the group.
+        cgroup: the folder of the group's own cgroup, or "".
 
     Attributes:
         pid: its process id.
         lost: whether it has ended before we told it to.
     """
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, cgroup: str = "") -> None:
         self._token = token
+        self._cgroup = cgroup
         self.pid = 0
         self.lost = False
         self._said_goodbye = False
@@ -75,7 +77,13 @@ class Guardian:
         self._close = weakref.finalize(self, _close_pipe, self._pipe)
         try:
             process = await spawn(
-                ("/bin/sh", "-c", _SHELL, "asupervise-guardian", *_sweeper_command(self._token)),
+                (
+                    "/bin/sh",
+                    "-c",
+                    _SHELL,
+                    "asupervise-guardian",
+                    *_sweeper_command(self._token, self._cgroup),
+                ),
                 on_exit=self._on_exit,
                 stdin=read_end,
                 stdout=subprocess.DEVNULL,
@@ -152,20 +160,24 @@ def _hook_fork() -> None:
         os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _sweeper_command(token: str) -> tuple[str, ...]:
+def _sweeper_command(token: str, cgroup: str) -> tuple[str, ...]:
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return (sys.executable, "-I", "-S", "-c", _SWEEPER, root, token)
+    return (sys.executable, "-I", "-S", "-c", _SWEEPER, root, token, cgroup)
 
 
 @asynccontextmanager
-async def guarded(token: str) -> AsyncIterator[Guardian]:
+async def guarded(token: str, cgroup: str = "") -> AsyncIterator[Guardian]:
     """A guardian for the group of `token`, for as long as the context lasts.
+
+    Args:
+        token: the group's.
+        cgroup: the folder of the group's own cgroup, or "".
 
     Raises:
         OSError: if it cannot be started.
     """
     _hook_fork()
-    guardian = Guardian(token)
+    guardian = Guardian(token, cgroup)
     await guardian.start()
     try:
         yield guardian
@@ -177,13 +189,16 @@ def sweep(words: list[str]) -> None:
     """What the shell becomes: end all that is left of the group of `words[0]`.
 
     Args:
-        words: the token, and the workers that were named, as ``<pid>:<start time>``.
+        words: the token, the folder of the group's own cgroup or "", and the workers that were
+            named, as ``<pid>:<start time>``.
     """
+    from asupervise.cgroups import OwnCgroup
     from asupervise.cleanup import end_orphans
 
-    token, *workers = words
+    token, cgroup, *workers = words
     leaders = []
     for word in workers:
         pid, _, start = word.partition(":")
         leaders.append((int(pid), int(start)))
-    asyncio.run(end_orphans(token, leaders, ORPHAN_GRACE_S))
+    own = OwnCgroup(cgroup) if cgroup else None
+    asyncio.run(end_orphans(token, leaders, ORPHAN_GRACE_S, own))

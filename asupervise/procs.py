@@ -76,6 +76,7 @@ def start_processes(
             (``PR_SET_CHILD_SUBREAPER``, prctl(2)), which finds even those that have wiped their
             environment. For programs that own their process, such as the command line: it
             needs the main thread and SIGCHLD, and reaps every child that it does not know.
+            Where a cgroup v2 has been delegated to us, the workers get one of their own as well.
         hang_timeout: seconds without output and without CPU use (or, once a worker has called
             :func:`asupervise.heartbeat`, without a heartbeat) after which the stacks of all
             workers are taken and the group fails with the hang as its cause; None for never.

@@ -37,7 +37,7 @@ _FRAMES_SHOWN = 3
 _THREAD = re.compile(r"^(?:Current thread|Thread) .*\(most recent call first\):$")
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\S+) in (?P<name>.*)$')
 _SPY_THREAD = re.compile(r"^Thread .*$")
-_SPY_FRAME = re.compile(r"^    (?P<name>\S.*) \((?P<file>.*?)(?::(?P<line>[0-9]{1,9}))?\)$")
+_SPY_FRAME = re.compile(r"^    (?P<name>\S.*?) \((?P<file>.*?)(?::(?P<line>[0-9]{1,9}))?\)$")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 # Our own wrapper around the user's function says nothing about where that is.
 _WRAPPER = os.path.join("asupervise", "error_handler.py")
@@ -185,12 +185,23 @@ async def dump(handlers: Sequence[SubprocessHandler]) -> dict[int, Stack]:
 
 
 async def _one(handler: SubprocessHandler, spies: _PySpies) -> Stack | None:
+    looking = asyncio.ensure_future(_best(handler, spies))
+    ended = asyncio.ensure_future(handler.wait_exit())
     try:
-        return await _best(handler, spies)
+        await asyncio.wait({looking, ended}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        ended.cancel()
+        looking.cancel()
+    try:
+        return await looking
     except (OSError, RuntimeError):
         # No descriptor or no thread is left: not knowing where it is must not keep a group from
         # being ended.
         return None
+    except asyncio.CancelledError:
+        if not looking.cancelled():
+            raise
+        return None  # it has ended: there is nothing left to look at
 
 
 async def _best(handler: SubprocessHandler, spies: _PySpies) -> Stack | None:
@@ -203,13 +214,11 @@ async def _best(handler: SubprocessHandler, spies: _PySpies) -> Stack | None:
         said = await _by_faulthandler(handler, armed, path)
         if frames := parse_faulthandler(said):
             return Stack(rank, frames, said, "faulthandler")
-    if not handler.running:
-        return None
     text = await spies.ask(handler.pid)
     frames = parse_py_spy(text)
     if not frames:
         text = await asyncio.to_thread(_by_kernel, handler.pid)
-    if not text or not handler.running:
+    if not text:
         return None
     source = "py-spy" if frames else "/proc"
     if path:
@@ -288,7 +297,7 @@ async def _by_faulthandler(
         return ""
     loop = asyncio.get_running_loop()
     end, size = loop.time() + _DUMP_LIMIT_S, before
-    while loop.time() < end and handler.running:
+    while loop.time() < end:
         await asyncio.sleep(_QUIET_S)
         last, size = size, _size(path)
         if size == last > before:

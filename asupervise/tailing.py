@@ -16,6 +16,7 @@ import struct
 import sys
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import cache
 from typing import Any, Protocol
 
 from aiofiles.threadpool import wrap as async_file
@@ -280,6 +281,7 @@ class Tailer:
         "_position",
         "_progress_since",
         "_raw",
+        "_read_flags",
         "_sideline",
         "_start",
         "_started",
@@ -315,6 +317,7 @@ class Tailer:
         self._idle_s = IDLE_S / 5 if prompts else IDLE_S
         self._raw = io.FileIO(path)
         self._file: Any = None
+        self._read_flags: int | None = getattr(os, "RWF_NOWAIT", None)
         self.fd = self._raw.fileno()
         self._position = 0
         # Where to stop reading, once `stop` has been called.
@@ -438,12 +441,16 @@ class Tailer:
 
     def _read_at_once(self, unread: int) -> bytes:
         """Read what can be had without waiting for a disk: a thread would cost 0.1 ms."""
+        if self._read_flags is None:
+            return b""
         buffer = bytearray(unread)
         try:
-            size = os.preadv(self.fd, (buffer,), self._position, os.RWF_NOWAIT)
-        except (AttributeError, OSError):
-            # EAGAIN: it is not in memory. EOPNOTSUPP: this file system cannot tell, and neither
-            # can systems other than Linux.
+            size = os.preadv(self.fd, (buffer,), self._position, self._read_flags)
+        except BlockingIOError:
+            return b""  # not in memory any more
+        except OSError:
+            # EOPNOTSUPP: this file system cannot tell. One that is nothing but memory need not.
+            self._read_flags = 0 if _is_memory(os.fstat(self.fd).st_dev) else None
             return b""
         return bytes(buffer[:size])
 
@@ -514,19 +521,23 @@ class Tailer:
         return due if self._framer.partly_shown else min(self._idle_s, due)
 
     async def _woken_within(self, delay_s: float | None) -> bool:
-        """Wait for a change of the file, or for :meth:`stop`; False if neither came in time."""
-        if self._stopping or not self._nothing_to_do():
-            return True
+        """Wait for something to read, or for :meth:`stop`; False if neither came in time."""
         loop = asyncio.get_running_loop()
-        wake: asyncio.Future[bool] = loop.create_future()
-        self._wake = wake
-        timer = None if delay_s is None else loop.call_later(delay_s, _set, wake, False)
-        try:
-            return await wake
-        finally:
-            self._wake = None
-            if timer is not None:
-                timer.cancel()
+        due = None if delay_s is None else loop.time() + delay_s
+        # Not every waking is about something to read: attributes change, too, and polling wakes
+        # at any rate.
+        while not self._stopping and self._nothing_to_do():
+            wake: asyncio.Future[bool] = loop.create_future()
+            self._wake = wake
+            timer = None if due is None else loop.call_at(due, _set, wake, False)
+            try:
+                if not await wake:
+                    return False
+            finally:
+                self._wake = None
+                if timer is not None:
+                    timer.cancel()
+        return True
 
     async def _end_line(self, fd: int | None) -> None:
         if self._sideline is not None:
@@ -542,6 +553,18 @@ class _Place(enum.Enum):
     OURS = enum.auto()
     EMPTY = enum.auto()
     TAKEN = enum.auto()
+
+
+@cache
+def _is_memory(device: int) -> bool:
+    """Whether it is a tmpfs (proc_pid_mountinfo(5)), as /tmp is on many systems."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo") as file:
+            mounts = [line.split() for line in file]
+    except OSError:
+        return False
+    return any(m[2] == number and m[m.index("-") + 1] == "tmpfs" for m in mounts)
 
 
 def _set(future: asyncio.Future[bool], value: bool) -> None:

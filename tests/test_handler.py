@@ -378,7 +378,11 @@ async def test_a_tracer_does_not_block_the_loop(channel: Channel) -> None:
         sys.executable, "-c", TRACER, str(handler.pid), channel.path, stdin=-1
     )
     [[_, seized]] = await channel.lines(1)
-    assert seized == "0", "this test needs the right to trace"
+    if seized != "0":
+        handler.close()
+        tracer.kill()
+        await asyncio.gather(handler.wait_exit(), tracer.wait())
+        pytest.skip("tracing is not permitted here")
     os.kill(handler.pid, signal.SIGKILL)
     await gone(handler.pid)
     await settle()
@@ -404,7 +408,8 @@ def test_no_thread_and_no_trace_in_the_policy() -> None:
 
 
 @pytest.mark.skipif(not _compat._HAS_WATCHERS, reason="policies have no watchers any more")
-async def test_another_thread_keeps_its_watcher_meanwhile() -> None:
+@pytest.mark.filterwarnings("ignore:'get_child_watcher':DeprecationWarning")
+async def test_another_thread_keeps_its_watcher_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the host starts in another thread while we start a process is the host's to watch."""
     seen: list[object] = []
 
@@ -416,22 +421,18 @@ async def test_another_thread_keeps_its_watcher_meanwhile() -> None:
             thread = threading.Thread(target=look)
             thread.start()
             thread.join()
-            seen.append(asyncio.get_event_loop_policy().get_child_watcher())
+            look()
             super().add_child_handler(pid, callback, *args)
 
-    monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(_compat, "_ReapingWatcher", Looking)
-    with monkeypatch.context():
-        try:
-            await (await begin("exit 0")).wait_exit()
-        finally:
-            monkeypatch.undo()
+    await (await begin("exit 0")).wait_exit()
     elsewhere, here = seen
     assert isinstance(here, Looking)
     assert not isinstance(elsewhere, Looking)
 
 
-@every_loop
+# Not where asyncio's own watcher is left in place: its pidfd is out of our reach.
+@pytest.mark.parametrize("run", RUNNERS[:3], ids=lambda run: run.__name__)
 def test_abandoned_processes_hold_nothing(run: Runner, channel: Channel) -> None:
     async def main() -> None:
         exits: list[object] = []

@@ -1,0 +1,354 @@
+"""`start_processes` as its callers see it: what workers get, what a result says, who is blamed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asupervise import (
+    ChildFailedError,
+    DefaultLogsSpecs,
+    PContext,
+    RunProcsResult,
+    Std,
+    plan_processes,
+    start_processes,
+)
+from asupervise._compat import has_ended
+from asupervise.collect import WallClock
+from asupervise.spec import RunOptions
+from tests.workers import HELD, PYTHON, READY, SLEEP, Channel, is_alive, start
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+@pytest.fixture
+def channel(tmp_path: Path) -> Iterator[Channel]:
+    channel = Channel(tmp_path)
+    yield channel
+    channel.close()
+
+
+async def run(*scripts: str, **options: Any) -> RunProcsResult:
+    """The result of a group of one shell script a rank."""
+    async with start(None, *scripts, **options) as ctx:
+        result = await ctx.wait()
+    assert result is not None
+    return result
+
+
+# --- what workers get -----------------------------------------------------------------------------
+
+
+async def test_arguments_and_environment_by_rank(tmp_path: Path) -> None:
+    program = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ.get('MINE')]))"
+    ctx = await start_processes(
+        "t",
+        [*PYTHON, program],
+        {0: ("--lr", 0.1), 1: [None, Path("/x")], 2: ()},
+        {0: {"MINE": "a"}, 1: {"MINE": "b"}, 2: {}},
+        DefaultLogsSpecs(str(tmp_path / "logs"), redirects=Std.OUT),
+    )
+    result = await ctx.wait()
+    assert result is not None
+    told = [json.loads(Path(result.stdouts[rank]).read_text()) for rank in range(3)]
+    assert told == [[["--lr", "0.1"], "a"], [["None", "/x"], "b"], [[], None]]
+
+
+async def test_a_plain_program() -> None:
+    async with start_processes("t", "true", {0: ()}, {0: {}}) as ctx:
+        result = await ctx.wait()
+    assert result is not None
+    assert not result.is_failed()
+    assert result.return_values == {0: None}
+    assert result.root_cause is None
+    result.raise_for_failure("t")
+
+
+async def test_what_a_context_tells(tmp_path: Path) -> None:
+    logs = DefaultLogsSpecs(str(tmp_path / "logs"), redirects={1: Std.ALL})
+    async with start(None, "exit 0", "exit 0", logs_specs=logs) as ctx:
+        assert (ctx.name, ctx.nprocs) == ("t", 2)
+        assert list(ctx.pids()) == [0, 1]
+        assert ctx.stdouts[0] == ctx.stderrs[0] == ""
+        assert ctx.log_dir is not None
+        for rank, paths in ((1, ctx.stdouts), (1, ctx.stderrs), (0, ctx.error_files)):
+            assert paths[rank].startswith(f"{ctx.log_dir}/attempt_0/{rank}/")
+        result = await ctx.wait()
+    assert result is not None
+    assert result.stdouts == {1: ctx.stdouts[1]}
+    assert result.stderrs == {1: ctx.stderrs[1]}
+    assert result.log_dir == ctx.log_dir
+
+
+async def test_the_working_directory(tmp_path: Path) -> None:
+    logs = DefaultLogsSpecs(str(tmp_path / "logs"), redirects=Std.OUT)
+    result = await run("pwd", logs_specs=logs, cwd="/")
+    assert Path(result.stdouts[0]).read_text() == "/\n"
+
+
+async def test_a_temporary_folder_goes_after_success_and_stays_after_a_failure(
+    tmp_path: Path,
+) -> None:
+    for scripts, stays in ((["exit 0"] * 2, False), (["echo x; exit 0", "exit 3"], True)):
+        for logs in (None, DefaultLogsSpecs(redirects=Std.ALL)):
+            result = await run(*scripts, logs_specs=logs)
+            assert (result.log_dir is not None) is stays
+            assert len(list(tmp_path.glob("asupervise_*"))) == stays
+            if result.log_dir is not None:
+                assert Path(result.log_dir).stat().st_mode & 0o777 == 0o700
+                shutil.rmtree(result.log_dir)
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+
+TELLING = 'trap \'echo "got $RANK 0" > "$CHANNEL"\' USR1; ' + READY + "while :; do sleep 0.01; done"
+
+
+async def test_send_signal(channel: Channel) -> None:
+    async with start(channel, TELLING, TELLING, TELLING) as ctx:
+        assert await channel.pids(3) == ctx.pids()
+        ctx.send_signal(signal.SIGUSR1, ranks=[1])
+        assert await channel.lines(1) == [["got", "1", "0"]]
+        ctx.send_signal(signal.SIGUSR1, ranks=())
+        ctx.send_signal(signal.SIGUSR1)
+        assert sorted(rank for _, rank, _ in await channel.lines(3)) == ["0", "1", "2"]
+        with pytest.raises(ValueError, match=r"ranks: no local ranks \[-1, 3\]: expected 0\.\.2"):
+            ctx.send_signal(signal.SIGUSR1, ranks=(0, 3, -1))
+        with pytest.raises(ValueError, match="4711 is not a signal of this system"):
+            ctx.send_signal(4711)
+        assert await ctx.wait(0) is None
+        ctx.send_signal(signal.SIGKILL)
+        result = await ctx.wait()
+    assert result is not None
+    assert {f.exitcode for f in result.failures.values()} == {-9}
+    ctx.send_signal(signal.SIGUSR1)  # nobody is there to get it
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+async def test_an_exit_code_and_a_signal() -> None:
+    result = await run("exit 3")
+    [failure] = result.failures.values()
+    assert result.is_failed()
+    assert result.return_values == {}
+    assert (failure.local_rank, failure.exitcode, failure.signal_name()) == (0, 3, "<N/A>")
+    assert not failure.ended_by_us
+
+    [failure] = (await run("kill -SEGV $$")).failures.values()
+    assert (failure.exitcode, failure.signal_name()) == (-11, "SIGSEGV")
+    assert f"Signal 11 (SIGSEGV) ended PID {failure.pid}" in str(failure.message)
+
+
+async def test_who_succeeded_before_is_no_failure(channel: Channel) -> None:
+    async with start(channel, READY, HELD + "exit 3") as ctx:
+        await channel.lines(1)
+        await channel.open_gate()
+        result = await ctx.wait()
+    assert result is not None
+    assert list(result.failures) == [1]
+
+
+async def test_the_report_has_the_last_lines_of_stderr(tmp_path: Path) -> None:
+    script = "i=0; while [ $i -lt 100 ]; do echo line $i >&2; i=$((i + 1)); done; exit 3"
+    logs = DefaultLogsSpecs(str(tmp_path / "logs"), redirects=Std.ERR)
+    result = await run(script, logs_specs=logs)
+    [failure] = result.failures.values()
+    assert failure.stderr_tail.splitlines() == [f"line {i}" for i in range(80, 100)]
+    with pytest.raises(ChildFailedError) as caught:
+        result.raise_for_failure("t")
+    assert "line 99" in str(caught.value)
+
+
+# Rank 0 waits for rank 1, and fails 50 ms after it.
+RAISING = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+{record}
+def main():
+    rank, channel, gate = int(os.environ["RANK"]), os.environ["CHANNEL"], os.environ["GATE"]
+    with open(channel, "w") as file:
+        file.write(f"ready {{rank}} 0\\n")
+    if rank == 1:
+        with open(gate, "w") as file:
+            file.write("go\\n")
+    else:
+        with open(gate) as file:
+            file.readline()
+        time.sleep(0.05)
+    raise ValueError(f"rank {{rank}}")
+main()
+"""
+ROUNDS = int(os.environ.get("ASUPERVISE_TEST_ROUNDS", "10"))
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "bare"])
+async def test_who_raises_first_is_to_blame(
+    recorded: bool, channel: Channel, tmp_path: Path
+) -> None:
+    """In every round; ``ASUPERVISE_TEST_ROUNDS`` says how many."""
+    record = "from asupervise import record" if recorded else "record = lambda f: f"
+    program = RAISING.format(root=str(ROOT), record=record).replace("def main", "@record\ndef main")
+    os.mkfifo(gate := tmp_path / "gate")
+    env = {"CHANNEL": str(channel.path), "GATE": str(gate)}
+    blamed = []
+    for _ in range(ROUNDS):
+        async with start_processes(
+            "t",
+            [*PYTHON, program],
+            {0: (), 1: ()},
+            {0: {**env, "RANK": "0"}, 1: {**env, "RANK": "1"}},
+            DefaultLogsSpecs(redirects=Std.ERR),
+        ) as ctx:
+            result = await ctx.wait()
+        assert result is not None
+        assert result.root_cause is not None
+        rank, failure = result.root_cause
+        blamed.append(rank)
+        assert failure.exitcode == 1
+        assert ("ValueError: rank 1" in failure.traceback) is recorded
+        assert "ValueError: rank 1" in failure.stderr_tail
+        if 0 in result.failures:
+            assert failure.timestamp < result.failures[0].timestamp
+    assert blamed == [1] * ROUNDS
+
+
+async def test_who_fails_while_being_ended_is_not_to_blame(channel: Channel) -> None:
+    answering = f"trap 'exit 9' TERM; {READY} while :; do sleep 0.01; done"
+    async with start(channel, answering, HELD + "exit 3") as ctx:
+        await channel.lines(1)
+        await channel.open_gate()
+        result = await ctx.wait()
+    assert result is not None
+    assert result.failures[0].exitcode == 9
+    assert result.failures[0].ended_by_us
+    assert result.root_cause is not None
+    assert result.root_cause[0] == 1
+
+
+async def test_two_crashes_at_once_are_both_their_own(channel: Channel) -> None:
+    """The second is dead before we signal anybody, though not yet known to be."""
+    async with start(channel, SLEEP, SLEEP, SLEEP) as ctx:
+        pids = await channel.pids(3)
+        os.kill(pids[2], signal.SIGSEGV)
+        os.kill(pids[0], signal.SIGBUS)
+        while not (has_ended(pids[0]) and has_ended(pids[2])):
+            pass  # without a turn of the loop
+        result = await ctx.wait()
+    assert result is not None
+    ended_by_us = {rank: failure.ended_by_us for rank, failure in result.failures.items()}
+    assert ended_by_us == {0: False, 1: True, 2: False}
+    assert result.failures[0].exitcode == -signal.SIGBUS
+
+
+async def test_the_order_survives_a_step_of_the_clock(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All wall-clock times are made from monotonic ones, by one reading of both clocks."""
+    wall, wall_ns = time.time, time.time_ns
+    async with start(channel, SLEEP, SLEEP) as ctx:
+        pids = await channel.pids(2)
+        os.kill(pids[1], signal.SIGKILL)
+        await asyncio.sleep(0)
+        monkeypatch.setattr(time, "time", lambda: wall() - 3600)
+        monkeypatch.setattr(time, "time_ns", lambda: wall_ns() - 3600 * 10**9)
+        result = await ctx.wait()
+    assert result is not None
+    first, second = result.failures[1], result.failures[0]
+    assert first.observed_at < second.observed_at < first.observed_at + 60
+    assert first.observed_monotonic_ns is not None
+    assert second.observed_monotonic_ns is not None
+    apart_ns = second.observed_monotonic_ns - first.observed_monotonic_ns
+    assert second.observed_at - first.observed_at == pytest.approx(apart_ns / 10**9, abs=1e-5)
+
+
+def test_the_wall_clock_of_a_group() -> None:
+    clock = WallClock.now()
+    assert abs(clock.seconds(time.monotonic_ns()) - time.time()) < 60
+    assert clock.seconds(5 * 10**9) - clock.seconds(3 * 10**9) == pytest.approx(2)
+
+
+# --- not started ----------------------------------------------------------------------------------
+
+
+async def test_nothing_is_started_for_a_program_that_is_missing(tmp_path: Path) -> None:
+    marker = tmp_path / "started"
+    envs = {0: {}, 1: {"PATH": "/nowhere"}}
+    with pytest.raises(FileNotFoundError, match="local rank 1: no such program on PATH"):
+        await start_processes("t", "touch", {0: (marker,), 1: (marker,)}, envs)
+    assert not marker.exists()
+    assert not list(tmp_path.glob("asupervise_*"))
+
+
+async def test_a_log_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"log_dir: .*is a file"):
+        DefaultLogsSpecs(str(tmp_path / "file"))
+    logs = DefaultLogsSpecs(str(tmp_path / "file" / "below"), redirects=Std.ALL)
+    with pytest.raises(NotADirectoryError) as caught:
+        await start(None, "exit 0", logs_specs=logs)
+    assert caught.value.filename == str(tmp_path / "file")
+
+
+async def test_the_error_at_the_start_wins_over_what_others_did(
+    channel: Channel, tmp_path: Path
+) -> None:
+    """Rank 0 has failed by itself before rank 1 turns out not to start."""
+    (tmp_path / "bin").mkdir()
+    bad = tmp_path / "bin" / "sh"
+    bad.write_text("#!/nonexistent\n")
+    bad.chmod(0o755)
+    envs = {0: {}, 1: {"PATH": str(tmp_path / "bin")}}
+    with pytest.raises(FileNotFoundError, match="local rank 1: cannot start 'sh'"):
+        await start_processes("t", ["sh", "-c"], {0: ("exit 3",), 1: ("",)}, envs)
+
+
+async def test_a_group_cannot_be_used_before_it_is_started() -> None:
+    ctx = PContext(plan_processes("t", "true", {0: ()}, {0: {}}), RunOptions())
+    with pytest.raises(RuntimeError, match="group 't' has not been started"):
+        await ctx.wait()
+    starting = start(None, "exit 0")
+    await (await starting).wait()
+    with pytest.raises(RuntimeError, match="group 't' is started already"):
+        await starting
+
+
+async def test_several_groups_at_once(channel: Channel) -> None:
+    async with (
+        start(channel, SLEEP, SLEEP) as one,
+        start(channel, SLEEP) as two,
+    ):
+        await channel.lines(3)
+        await one.close()
+        assert await two.wait(0) is None
+        assert all(map(is_alive, two.pids().values()))
+    result = await one.wait()
+    assert result is not None
+    assert len(result.failures) == 2
+
+
+def test_a_typed_user_program_is_accepted(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    argv = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [*argv, "tests/typing/api.py"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

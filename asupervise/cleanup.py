@@ -14,7 +14,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -27,6 +27,8 @@ KILL_WAIT_S = 5.0
 # The grace of descendants that outlived their worker: nobody is left who could need them.
 SWEEP_GRACE_S = 1.0
 _SWEEP_ROUNDS = 20
+# How often to look around before nobody counts as found, on a machine where processes come and go.
+_LOOKS = 5
 # How long a look at the stacks of those about to be killed may take.
 _LAST_LOOK_S = 8.0
 # Within this time the kernel cannot have used up its range of pids and come round again.
@@ -117,6 +119,12 @@ class Cleanup:
         self._deadline = float("inf")
         self._signal = 0
         self._refused: dict[int, str] = {}
+        self._hurried = False
+        self._look: asyncio.Timeout | None = None
+        # Descendants, by pid and start time, that were seen while their parents still lived.
+        self._family: set[tuple[int, int]] = set()
+        # What a sweep has found and could not end.
+        self._unkillable: list[procfs.ProcessEntry] = []
         # Processes that the supervisor has started beside the workers.
         self.helpers: set[int] = set()
         # The group's own cgroup, where one has been delegated to us.
@@ -130,6 +138,9 @@ class Cleanup:
     def hurry(self, sig: int, grace_s: float) -> None:
         """A second request while the first is under way: only ever ends the group sooner."""
         self._deadline = min(self._deadline, time.monotonic() + grace_s)
+        self._hurried = self._hurried or sig == signal.SIGKILL
+        if self._look is not None and self._hurried:
+            self._look.reschedule(asyncio.get_running_loop().time() + grace_s)
         if sig != self._signal:
             self._signal_groups(sig)
         self._wake.set()
@@ -149,6 +160,10 @@ class Cleanup:
         """
         self._handlers, self.running = handlers, True
         self._deadline = time.monotonic() + grace_s
+        # Now, while parents live: a child that has wiped its environment is known by them alone.
+        table, _ = self._table()
+        known = [h.pid for h in handlers if h.running] + [e.pid for e in self._stragglers()]
+        self._family = {(pid, table[pid].start_ticks) for pid in _descendants(known, table)}
         if self._somebody_left():
             self._signal_groups(sig)
             if not await self._groups_gone():
@@ -165,11 +180,14 @@ class Cleanup:
         if self._before_kill is None or not workers_run or self._signal == signal.SIGKILL:
             return
         try:
-            async with asyncio.timeout(_LAST_LOOK_S):
+            async with asyncio.timeout(_LAST_LOOK_S) as self._look:
                 await self._before_kill()
-        except TimeoutError:
-            # What was found until then is kept by whoever looked.
+        except Exception:
+            # Out of time: what was found until then is kept by whoever looked. Anything else (a
+            # full disk, no descriptor) must not keep us from ending the group either.
             pass
+        finally:
+            self._look = None
 
     def _somebody_left(self) -> bool:
         return any(h.running for h in self._handlers) or bool(self._stragglers())
@@ -245,7 +263,7 @@ class Cleanup:
             found = self._escaped()
             if not found:
                 return
-            first = round_ == 0 and sig != signal.SIGKILL
+            first = round_ == 0 and sig != signal.SIGKILL and not self._hurried
             for entry in found:
                 self._end_one(entry, sig if first else signal.SIGKILL)
             if self.cgroup is not None and not first:
@@ -253,6 +271,7 @@ class Cleanup:
             grace_s = min(SWEEP_GRACE_S, max(0.0, self._deadline - time.monotonic()))
             self._deadline = time.monotonic() + (grace_s if first else KILL_WAIT_S)
             if not await self._gone(found) and not first:
+                self._unkillable = found
                 return
 
     def _end_one(self, entry: procfs.ProcessEntry, sig: int) -> None:
@@ -264,26 +283,56 @@ class Cleanup:
             self._refused[entry.pid] = "we may not signal it (EPERM)"
 
     def _escaped(self) -> list[procfs.ProcessEntry]:
-        """Everybody alive who carries our token, except the workers that are still running."""
-        started = len(self._handlers) + len(self.helpers)
-        candidates = self._mark.pids_since(started) if started else None
+        """As :meth:`_look_around`, and nobody slips through while we look.
+
+        Who forks and exits at once (a daemon that is just being born) may have ended when we come
+        to it, and its child has come too late for our list. So where nobody is found, but
+        somebody has ended meanwhile, we look again.
+        """
+        ended: set[int] = set()
+        for _ in range(_LOOKS):
+            found, ended_now = self._look_around()
+            if found or ended_now <= ended:
+                return found
+            ended = ended_now
+        return []
+
+    def _look_around(self) -> tuple[list[procfs.ProcessEntry], set[int]]:
+        """Everybody alive who is proven ours, except the workers that are still running.
+
+        By the token in the environment, by the session or the cgroup, as an orphan that came to
+        us, or as a descendant of somebody who is proven ours.
+
+        Returns:
+            Them, and the pids of those that were listed and had ended when they were looked at.
+        """
+        table, ended = self._table()
         inside = set(self.cgroup.pids()) if self.cgroup is not None else set()
-        if candidates == [] and not inside:
-            return []
         workers = {h.pid for h in self._handlers if h.running}
         sessions = self._living_sessions()
-        return [
-            entry
-            for entry in procfs.entries(candidates)
-            if entry.pid not in workers
-            and entry.pid not in self._refused
-            and (
-                entry.pid in inside
-                or entry.session in sessions
-                or procfs.environment_holds(entry.pid, self._token)
-                or (self._adopts is not None and self._is_adopted(entry))
-            )
-        ]
+        ours = {
+            entry.pid
+            for entry in table.values()
+            if entry.pid in workers
+            or entry.pid in inside
+            or entry.session in sessions
+            or (entry.pid, entry.start_ticks) in self._family
+            or procfs.environment_holds(entry.pid, self._token)
+            or (self._adopts is not None and self._is_adopted(entry))
+        }
+        ours |= _descendants(ours, table)
+        return [table[pid] for pid in sorted(ours - workers - self._refused.keys())], ended
+
+    def _table(self) -> tuple[dict[int, procfs.ProcessEntry], set[int]]:
+        """The living processes that may be ours: all that have been started since the group.
+
+        And the pids of those that have ended, as zombies or while we looked.
+        """
+        started = len(self._handlers) + len(self.helpers)
+        candidates = self._mark.pids_since(started) if started else None
+        pids = procfs.all_pids() if candidates is None else candidates
+        table = {entry.pid: entry for entry in procfs.entries(pids)}
+        return table, set(pids) - table.keys()
 
     def _living_sessions(self) -> set[int]:
         """Sessions whose leader is still the process that we mean."""
@@ -302,6 +351,7 @@ class Cleanup:
         ranks = {h.pid: h.local_rank for h in self._handlers}
         left = [e for h in self._handlers if h.running and (e := procfs.read_entry(h.pid))]
         left += self._stragglers()
+        left += [entry for entry in self._unkillable if procfs.is_same(entry)]
         left += [e for pid in self._refused if (e := procfs.read_entry(pid)) and e.alive]
         return [
             Survivor(
@@ -312,6 +362,20 @@ class Cleanup:
             )
             for entry in {e.pid: e for e in left}.values()
         ]
+
+
+def _descendants(of: Iterable[int], table: Mapping[int, procfs.ProcessEntry]) -> set[int]:
+    """Children of these processes, and theirs, as far as they stand in the table."""
+    children: dict[int, list[int]] = {}
+    for entry in table.values():
+        children.setdefault(entry.parent_pid, []).append(entry.pid)
+    found: set[int] = set()
+    todo = list(of)
+    while todo:
+        new = [pid for pid in children.get(todo.pop(), ()) if pid not in found]
+        found.update(new)
+        todo += new
+    return found
 
 
 async def end_orphans(

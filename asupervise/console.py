@@ -16,7 +16,8 @@ import select
 import stat
 import struct
 import termios
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
@@ -25,9 +26,12 @@ from typing import Any, TextIO, TypeVar
 from asupervise.framing import Framed
 
 T = TypeVar("T")
+Parts = Sequence[bytes | memoryview]
 
-# A pipe is written in the event loop, without ever waiting in it, if it holds so much: then what
-# the host has printed and not flushed (8 KiB of text and as much of bytes, at the most) fits.
+# So much is handed over without a thread at the most, to a pipe that is empty and holds
+# `_PIPE_BYTES` or more: what the host itself has printed and not flushed (8 KiB of text and as
+# much of bytes, at the most) fits beside it.
+_AT_ONCE_BYTES = 16 * 1024
 _PIPE_BYTES = 64 * 1024
 # How many tailers may have a block in their hands that the console has not taken yet: enough
 # to read one while another is written, however many tailers there are.
@@ -71,7 +75,7 @@ class Console:
         self._executor = executor
         self._screen = screen or Screen()
         self._fd = _descriptor(stream)
-        self._takes_what_fits = self._fd is not None and _is_large_pipe(self._fd)
+        self._empty_pipe_takes = self._fd is not None and _is_large_pipe(self._fd)
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
         self.blocks = asyncio.Semaphore(_BLOCKS_AHEAD)
         self.broken: Exception | None = None
@@ -83,17 +87,37 @@ class Console:
         """To be held while writing; see :class:`Screen`."""
         return self._screen.turn
 
+    @property
+    def takes_streams(self) -> bool:
+        """Whether :meth:`write_all` is possible: there is a descriptor, and it is not broken."""
+        return self._fd is not None and self.broken is None
+
     async def write(self, owner: object, framed: Framed) -> None:
         """Write what `owner` has framed; `turn` must be held.
 
         Returns once the stream has taken it: a slow reader slows us here, and nobody else. A
         stream whose reader has gone (EPIPE) takes nothing any more; see :attr:`broken`.
         """
-        data = self._joined(owner, framed)
-        if not data or self.broken is not None:
+        parts = self._joined(owner, framed)
+        if parts:
+            await self._unless_broken(self._put(parts))
+
+    async def write_all(self, owner: object, framings: Iterator[Framed]) -> None:
+        """Write what comes out of an iterator, which runs in the writing thread.
+
+        For much at once: then crossing over from one thread to another, twice for each block,
+        takes longer than the work itself.
+        """
+        assert self._fd is not None
+        joined = (self._joined(owner, framed) for framed in framings)
+        await self._unless_broken(self._write_patiently(self._fd, joined))
+
+    async def _unless_broken(self, writing: Coroutine[Any, Any, None]) -> None:
+        if self.broken is not None:
+            writing.close()
             return
         try:
-            await self._put(data)
+            await writing
         except Exception as exc:
             # Its reader has gone (EPIPE), the disk is full, the host has closed it under us
             # (ValueError), or it is an object of the host's that raises what it likes. The
@@ -104,59 +128,62 @@ class Console:
             self._screen.unfinished_by = self
             raise
 
-    def _joined(self, owner: object, framed: Framed) -> bytes:
+    def _joined(self, owner: object, framed: Framed) -> list[bytes]:
         screen = self._screen
         resumes = screen.unfinished_by is owner
         lead = framed.resumed if resumes else framed.fresh
         if not (lead or framed.rest):
-            return b""
+            return []
         if screen.unfinished_by is not None and not resumes:
             lead = b"\n" + lead
         screen.unfinished_by = owner if framed.unfinished else None
-        return lead + framed.rest if framed.rest else lead
+        return [lead, *framed.rest]
 
-    async def _put(self, data: bytes) -> None:
-        stream, fd = self._stream, self._fd
-        if fd is not None:
-            left = memoryview(data)
-            if self._takes_what_fits:
-                left = await self._write_what_fits(fd, left)
-            if left:
-                await self._in_thread(_write_to_descriptor, stream, fd, left)
+    async def _put(self, parts: list[bytes]) -> None:
+        stream = self._stream
+        if self._fd is not None:
+            taken = self._write_at_once(parts) if self._empty_pipe_takes else 0
+            if left := _without_first(parts, taken):
+                await self._write_patiently(self._fd, iter([left]))
         elif not _has_byte_layer(stream):
-            await self._write_text(self._decoder.decode(data))
+            await self._write_text(self._decoder.decode(b"".join(parts)))
         elif _descriptor_below(stream) is None:
-            _write_to_buffer(stream, data)
+            _write_to_buffer(stream, b"".join(parts))
         else:
             # Compressed, a socket: something of its own stands between the stream and its file.
-            await self._in_thread(_write_to_buffer, stream, data)
+            await self._in_thread(_write_to_buffer, stream, b"".join(parts))
 
     async def _in_thread(self, call: Callable[..., object], *args: object) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
 
-    async def _write_what_fits(self, fd: int, data: memoryview) -> memoryview:
-        """Write to a pipe whenever there is room; returns what has to go another way.
+    def _write_at_once(self, parts: Parts) -> int:
+        """Write as much as a pipe takes without any waiting: a thread would cost 0.1 ms."""
+        assert self._fd is not None
+        if sum(map(len, parts)) > _AT_ONCE_BYTES or _waiting_bytes(self._fd):
+            return 0
+        self._stream.flush()
+        try:
+            # Unlike O_NONBLOCK this flag is not shared with the others that have the pipe open.
+            return os.pwritev(self._fd, parts, -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except BrokenPipeError:
+            raise
+        except OSError:
+            # EOPNOTSUPP: Linux knows this for pipes since 6.4.
+            self._empty_pipe_takes = False
+            return 0
 
-        A thread costs 0.1 ms for each line, and would be stuck as long as nobody reads.
-        """
-        if self._stream.closed:
-            raise ValueError("closed by its owner")
-        if not _waiting_bytes(fd):
-            # What the host has printed comes first, where that takes no waiting.
-            self._stream.flush()
-        while data:
-            try:
-                # Unlike O_NONBLOCK this flag is not shared with others that have the pipe.
-                data = data[os.pwritev(fd, (data,), -1, os.RWF_NOWAIT) :]
-            except BlockingIOError:
-                await _wait_for_room(fd)
-            except BrokenPipeError:
-                raise
-            except OSError:
-                # EOPNOTSUPP: Linux knows this for pipes since 6.4.
-                self._takes_what_fits = False
-                break
-        return data
+    async def _write_patiently(self, fd: int, blocks: Iterator[Parts]) -> None:
+        writing = Writing(self._stream, fd)
+        thread = asyncio.get_running_loop().run_in_executor(self._executor, writing.run, blocks)
+        try:
+            await asyncio.shield(thread)
+        except asyncio.CancelledError:
+            # A thread that waits for a reader who does not read would outlive us, and keep the
+            # interpreter from ending.
+            writing.cancel()
+            raise
 
     async def _write_text(self, text: str) -> None:
         # An object of the host's own. It is called in this thread, because it may tell by it
@@ -207,41 +234,83 @@ def _is_large_pipe(fd: int) -> bool:
         return False
 
 
-async def _wait_for_room(fd: int) -> None:
-    loop = asyncio.get_running_loop()
-    room = loop.create_future()
-    # The host may have its own transport on the descriptor, and may put another file there.
-    same = os.dup(fd)
-    loop.add_writer(same, lambda: room.done() or room.set_result(None))
-    try:
-        await room
-    finally:
-        loop.remove_writer(same)
-        os.close(same)
-
-
 def _waiting_bytes(fd: int) -> int:
     """How much stands in a pipe that its reader has not taken yet."""
     (waiting,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))
     return int(waiting)
 
 
-def _write_to_descriptor(stream: TextIO, fd: int, data: memoryview) -> None:
-    # What the host has printed comes first. Flushing is safe in another thread; writing *text*
-    # there is not: two writers can overwrite each other's pending text (torch's tee loses lines
-    # so), which is why our bytes go to the descriptor.
-    _patiently(fd, stream.flush)
-    while data:
-        data = data[_patiently(fd, partial(os.write, fd, data)) :]
+class Writing:
+    """Writes to a descriptor, in a thread; may be cancelled while nobody reads."""
 
+    def __init__(self, stream: TextIO, fd: int) -> None:
+        self._stream = stream
+        self._fd = fd
+        self._cancelled = os.eventfd(0) if hasattr(os, "eventfd") else -1
+        self._closing = threading.Lock()
 
-def _patiently(fd: int, call: Callable[[], T]) -> T:
-    while True:
+    def cancel(self) -> None:
+        """Let :meth:`run` return as soon as it would have to wait; for another thread."""
+        with self._closing:
+            if self._cancelled >= 0:
+                os.eventfd_write(self._cancelled, 1)
+
+    def _close(self) -> None:
+        with self._closing:
+            if self._cancelled >= 0:
+                os.close(self._cancelled)
+            self._cancelled = -1
+
+    def run(self, blocks: Iterator[Parts]) -> None:
+        """Write all that comes out of `blocks`."""
         try:
-            return call()
-        except BlockingIOError:
-            # Somebody has made the pipe or terminal non-blocking (it is shared with us).
-            _wait_writable(fd)
+            # What the host has printed comes first. Flushing is safe in another thread; writing
+            # *text* there is not: two writers can overwrite each other's pending text (torch's
+            # tee loses lines so), which is why our bytes go to the descriptor.
+            self._when_writable(self._stream.flush)
+            for parts in blocks:
+                while parts:
+                    taken = self._when_writable(partial(_write_some, self._fd, parts))
+                    parts = _without_first(parts, taken)
+        except asyncio.CancelledError:
+            return
+        finally:
+            self._close()
+
+    def _when_writable(self, call: Callable[[], T]) -> T:
+        while True:
+            try:
+                return call()
+            except BlockingIOError:
+                # It is full, and non-blocking: by our flag, or somebody has made it so.
+                self._wait_writable()
+
+    def _wait_writable(self) -> None:
+        poller = select.poll()
+        poller.register(self._fd, select.POLLOUT)
+        if self._cancelled >= 0:
+            poller.register(self._cancelled, select.POLLIN)
+        if any(fd == self._cancelled for fd, _ in poller.poll()):
+            raise asyncio.CancelledError
+
+
+def _without_first(parts: Parts, size: int) -> Parts:
+    """What is left of `parts` when so many bytes are written."""
+    for number, part in enumerate(parts):
+        if size < len(part):
+            return [memoryview(part)[size:], *parts[number + 1 :]]
+        size -= len(part)
+    return []
+
+
+def _write_some(fd: int, parts: Parts) -> int:
+    try:
+        return os.pwritev(fd, parts, -1, os.RWF_NOWAIT)
+    except (BlockingIOError, BrokenPipeError):
+        raise
+    except (AttributeError, OSError):
+        # No such flag for files, terminals, and before Linux 6.4 for pipes.
+        return os.writev(fd, parts)
 
 
 def _wait_writable(fd: int) -> None:

@@ -63,6 +63,7 @@ class PContext:
             sample_interval_s=options.memory_sample_interval_s,
             hang_timeout_s=options.hang_timeout_s,
             end_group=self._end_hanging,
+            on_helper=lambda pid: self._cleanup.helpers.add(pid),
         )
         self._cleanup = Cleanup(
             plan.token,

@@ -30,6 +30,7 @@ class Diagnosis:
         sample_interval_s: seconds between looks at their memory; 0 for never.
         hang_timeout_s: seconds without a sign of life that count as a hang; None for never.
         end_group: called when a hang has been found and the stacks have been taken.
+        on_helper: called with the pid of each process that is started to find something out.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class Diagnosis:
         sample_interval_s: float,
         hang_timeout_s: float | None,
         end_group: Callable[[], None],
+        on_helper: Callable[[int], None],
     ) -> None:
         self._handlers = handlers
         self._hang_timeout_s = hang_timeout_s
         self._end_group = end_group
+        self._on_helper = on_helper
         self._sampler = memory.MemorySampler(self._look_at_memory, sample_interval_s)
         self._samples = sample_interval_s > 0
         self._detector: HangDetector | None = None
@@ -114,15 +117,21 @@ class Diagnosis:
 
     def _look_at_memory(self) -> None:
         groups = dict(self._before.groups)
+        folders: dict[str, str | None] = {}  # most workers are in the same
         for pid in self._running_pids():
-            if self._samples and (used := memory.memory_of(pid)):
-                self._used[pid] = used
-            folder = memory.memory_cgroup(pid)
-            if folder is None:
+            text = memory.cgroup_text(pid)
+            used = memory.memory_of(pid)
+            if used is None:
+                # It is ending, and out of its cgroup already: v1 then names the topmost one.
                 continue
-            self._cgroups[pid] = folder
-            if folder not in groups and (group := memory.read_group(folder)):
-                groups[folder] = group
+            if self._samples:
+                self._used[pid] = used
+            if text not in folders:
+                folders[text] = memory.folder_of(text)
+            if folder := folders[text]:
+                self._cgroups[pid] = folder
+                if folder not in groups and (group := memory.read_group(folder)):
+                    groups[folder] = group
         self._before = memory.OomCounts(groups, self._before.machine)
 
     def _peak(self, handler: SubprocessHandler, exit: Exit) -> int | None:
@@ -154,7 +163,7 @@ class Diagnosis:
         return {} if dumping.cancelled() else dumping.result()
 
     async def _dump(self) -> dict[int, stacks.Stack]:
-        found = await stacks.dump(list(self._handlers.values()))
+        found = await stacks.dump(list(self._handlers.values()), self._on_helper)
         now_s = time.monotonic()  # the clock of exits, unlike uvloop's own
         self._stacks.update({rank: (now_s, stack) for rank, stack in found.items()})
         return found

@@ -17,19 +17,14 @@ together cannot be told apart.
 from __future__ import annotations
 
 import copyreg
-import errno
-import json
 import math
-import os
-import re
 import signal
-import stat
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any, Final
 
+from asupervise.error_files import MAX_ERROR_FILE_BYTES, ErrorRecord, read_error_file
 from asupervise.errors import SupervisorError
 
 __all__ = [
@@ -44,246 +39,10 @@ __all__ = [
     "root_cause",
 ]
 
-MAX_ERROR_FILE_BYTES: Final = 1 << 20
-"""How much of a worker's error file is read, in bytes."""
-
-_NOT_AVAILABLE: Final = "<N/A>"
+NOT_AVAILABLE: Final = "<N/A>"
 _NO_TRACEBACK: Final = (
     "No traceback was recorded. Decorate the worker's main function with @record to see it here."
 )
-
-
-# --- reading what a worker wrote -------------------------------------------------------------
-
-_MAX_JSON_DEPTH = 32
-_MAX_TIME_S = 32_503_680_000  # the year 3000: a later stamp is not a time in seconds
-# File times come from the kernel's coarse clock, which lags by up to a tick (10 ms at HZ=100).
-_CLOCK_SLACK_S = 0.02
-# torch writes its file right after it takes the stamp; a later mtime says that somebody touched it.
-_MTIME_NEAR_STAMP_S = 2.0
-_JSON_TEXT = r'"{}"\s*:\s*"([^"\\]*(?:\\.[^"\\]*)*)'
-
-
-@dataclass(frozen=True, kw_only=True)
-class ErrorRecord:
-    """What an error file says, as far as it could be read and believed.
-
-    Attributes:
-        data: the parsed file; empty where nothing could be made of it.
-        message: the file's ``message``: torch's record (a dict with ``message``, ``extraInfo``
-            and possibly ``errorCode``), plain text, or ``""``.
-        timestamp: when the error happened, in seconds since the epoch, with its fraction; None
-            where the file gives no credible time.
-        note: what was wrong with the file, for the user; ``""`` where nothing was.
-    """
-
-    data: dict[str, Any] = field(default_factory=dict, hash=False)
-    message: str | dict[str, Any] = field(default="", hash=False)
-    timestamp: float | None = None
-    note: str = ""
-
-    @property
-    def traceback(self) -> str:
-        """The recorded traceback, or else the message alone; ``""`` where there is neither."""
-        if isinstance(self.message, str):
-            return self.message
-        extra = self.message.get("extraInfo")
-        stack = extra.get("py_callstack") if isinstance(extra, dict) else None
-        text = stack if isinstance(stack, str) and stack else self.message.get("message")
-        return text if isinstance(text, str) else ""
-
-
-def read_error_file(
-    path: str | os.PathLike[str],
-    *,
-    not_before: float | None = None,
-    not_after: float | None = None,
-) -> ErrorRecord | None:
-    """Read the error file of a worker that has ended, without trusting it.
-
-    Never raises on account of the file, and never waits for it. Does blocking file I/O of at
-    most `MAX_ERROR_FILE_BYTES`: an event loop calls it in a thread.
-
-    Args:
-        path: the file that the worker was told to write.
-        not_before: when the worker was started, in seconds since the epoch.
-        not_after: when its exit was observed. A time of error outside these two is not believed.
-
-    Returns:
-        None where there is no file; otherwise a record whose ``note`` says what was wrong.
-
-    The time of the error is the file's own ``timestamp_ns``; a whole-second stamp, as torch's
-    ``@record`` writes it, is refined by the file's modification time where the two agree.
-
-    Example:
-        >>> read_error_file("/nonexistent/error.json") is None
-        True
-    """
-    try:
-        raw, mtime_s = _read_regular_file(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        return ErrorRecord(note=f"the error file cannot be read: {_reason(error)}")
-    if not raw:
-        return ErrorRecord(note="the error file is empty")
-    data, note = _parse(raw)
-    message = data.get("message", "")
-    if not isinstance(message, str | dict):
-        note = _join(note, "its 'message' is neither text nor a record")
-        message = ""
-    time_s, slack_s = _time_of_error(data, mtime_s)
-    if time_s is None and note and message:
-        time_s = mtime_s  # cut off before its stamp: it was being written when the worker ended
-    believed = _credible(time_s, slack_s, not_before, not_after)
-    if time_s is not None and believed is None:
-        note = _join(note, "its time of error lies outside the life of the worker: not used")
-    return ErrorRecord(data=data, message=message, timestamp=believed, note=note)
-
-
-def _read_regular_file(path: str | os.PathLike[str]) -> tuple[bytes, float]:
-    """One byte more than the limit at most, and the file's modification time."""
-    # A worker may leave anything in this place. O_NONBLOCK: a FIFO must not hold us up.
-    # O_NOFOLLOW: its link must not make a supervisor with more rights print someone else's file.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
-    fd = os.open(path, flags)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is not a regular file")
-        with open(fd, "rb", closefd=False) as file:
-            return file.read(MAX_ERROR_FILE_BYTES + 1), status.st_mtime_ns / 10**9
-    finally:
-        os.close(fd)
-
-
-def _reason(error: OSError | ValueError) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ELOOP:
-        return "it is a symbolic link, which is not followed"
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _parse(raw: bytes) -> tuple[dict[str, Any], str]:
-    """The file's object, and what was wrong with it."""
-    note = ""
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = raw.decode("utf-8", "replace")
-        note = "the error file is not UTF-8 throughout"
-    if len(raw) > MAX_ERROR_FILE_BYTES:
-        limit = f"{MAX_ERROR_FILE_BYTES >> 20} MiB"
-        return _salvage(text, f"the error file is larger than {limit}: only its start was read")
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        return _salvage(text, _join(note, _not_json(text)))
-    if not isinstance(data, dict):
-        return {}, _join(note, f"the error file holds no JSON object: {_excerpt(text)}")
-    if _is_deeper_than(_MAX_JSON_DEPTH, data):
-        # It would parse, and then break whoever prints, copies or pickles the result.
-        return _salvage(text, _join(note, "the error file is nested too deeply"))
-    return data, note
-
-
-def _not_json(text: str) -> str:
-    cut_off = text.lstrip().startswith("{") and not text.rstrip().endswith("}")
-    what = "truncated" if cut_off else "not JSON"
-    return f"the error file is {what}: {_excerpt(text)}"
-
-
-def _excerpt(text: str, length: int = 80) -> str:
-    return f"it starts with {text[:length]!a}"
-
-
-def _salvage(text: str, note: str) -> tuple[dict[str, Any], str]:
-    """Message and traceback from the start of a file that does not parse."""
-    message, stack = _find_text(text, "message"), _find_text(text, "py_callstack")
-    if not message and not stack:
-        return {}, note
-    record: dict[str, Any] = {"message": message}
-    if stack:
-        record["extraInfo"] = {"py_callstack": stack}
-    return {"message": record}, note
-
-
-def _find_text(text: str, key: str) -> str:
-    found = re.search(_JSON_TEXT.format(key), text, re.DOTALL)
-    if found is None:
-        return ""
-    try:
-        return str(json.loads(f'"{found[1]}"', strict=False))
-    except ValueError:
-        return found[1]  # cut off within an escape: shown as it stands
-
-
-def _is_deeper_than(limit: int, value: object) -> bool:
-    level = [value]
-    for _ in range(limit):
-        level = [child for parent in level for child in _children(parent)]
-        if not level:
-            return False
-    return True
-
-
-def _children(value: object) -> Iterable[object]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
-
-
-def _time_of_error(data: dict[str, Any], mtime_s: float) -> tuple[float | None, float]:
-    """When the error happened, and by how much it may have been later, both in seconds."""
-    message = data.get("message")
-    holder = message.get("extraInfo") if isinstance(message, dict) else data
-    if not isinstance(holder, dict):
-        return None, 0.0
-    exact_ns = _integer(holder.get("timestamp_ns"))
-    if exact_ns is not None:
-        return exact_ns / 10**9, 0.0
-    stamp_s = _number(holder.get("timestamp"))
-    if stamp_s is None or stamp_s != math.floor(stamp_s):
-        return stamp_s, 0.0
-    if -_CLOCK_SLACK_S <= mtime_s - stamp_s <= _MTIME_NEAR_STAMP_S:
-        # The stamp was rounded down, so the truth lies within its second.
-        return min(max(mtime_s, stamp_s), stamp_s + 0.999_999), 0.0
-    return stamp_s, 1.0
-
-
-def _integer(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        return None
-    try:
-        number = int(value)  # a float has no room for nanoseconds since 1970
-    except ValueError:
-        return None
-    return number if abs(number) < _MAX_TIME_S * 10**9 else None
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _credible(
-    time_s: float | None, slack_s: float, not_before: float | None, not_after: float | None
-) -> float | None:
-    if time_s is None or not 0 < time_s < _MAX_TIME_S:
-        return None
-    if not_after is not None and time_s > not_after + _CLOCK_SLACK_S:
-        return None
-    if not_before is not None and time_s < not_before:
-        return not_before if time_s + slack_s + _CLOCK_SLACK_S >= not_before else None
-    return time_s
-
-
-def _join(*notes: str) -> str:
-    return "; ".join(note for note in notes if note)
 
 
 # --- one failure -----------------------------------------------------------------------------
@@ -344,7 +103,7 @@ class ProcessFailure:
         if self.record is _UNREAD:
             object.__setattr__(self, "record", read_error_file(self.error_file))
         if self.record is None:
-            object.__setattr__(self, "error_file", _NOT_AVAILABLE)
+            object.__setattr__(self, "error_file", NOT_AVAILABLE)
 
     @classmethod
     def from_exit(
@@ -426,18 +185,20 @@ class ProcessFailure:
     def signal_name(self) -> str:
         """The name of the signal that it died of; ``"<N/A>"`` where it died of none."""
         if self.exitcode >= 0:
-            return _NOT_AVAILABLE
+            return NOT_AVAILABLE
         try:
             return signal.Signals(-self.exitcode).name
         except ValueError:
-            return _NOT_AVAILABLE  # the real-time signals between the first and last are unnamed
+            return NOT_AVAILABLE  # the real-time signals between the first and last are unnamed
 
     def timestamp_isoformat(self) -> str:
         """The time of failure in local time, ``YYYY-MM-DD_HH:MM:SS.ffffff``."""
         try:
+            from datetime import datetime
+
             return datetime.fromtimestamp(self.timestamp).isoformat("_", "microseconds")
         except (ValueError, OverflowError, OSError):
-            return _NOT_AVAILABLE
+            return NOT_AVAILABLE
 
 
 def failed_by_itself(
@@ -497,10 +258,11 @@ def root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFail
         1
     """
     own = {rank: failure for rank, failure in failures.items() if not failure.ended_by_us}
-    return _in_order(own)[0] if own else None
+    return in_order(own)[0] if own else None
 
 
-def _in_order(failures: Mapping[int, ProcessFailure]) -> list[tuple[int, ProcessFailure]]:
+def in_order(failures: Mapping[int, ProcessFailure]) -> list[tuple[int, ProcessFailure]]:
+    """Ranks and failures, the first to fail first; see `root_cause`."""
     return sorted(failures.items(), key=_order)
 
 
@@ -572,16 +334,7 @@ class RunProcsResult:
             )
 
 
-# --- the report ------------------------------------------------------------------------------
-
-_MAX_WIDTH = 60
-_MAX_OTHERS = 16
-_ROOT_TEXT_CHARS = 16_384
-_OTHER_TEXT_CHARS = 4_096
-_TAIL_CHARS = 4_096
-_ALL_ENDED: Final = "  No rank failed by itself: the supervisor ended them all."
-_TERMINAL_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# --- raised at the border --------------------------------------------------------------------
 
 
 class ChildFailedError(SupervisorError):
@@ -624,7 +377,7 @@ class ChildFailedError(SupervisorError):
 
         Where we ended all of them there is no root cause; then it is the first that ended.
         """
-        return root_cause(self.failures) or _in_order(self.failures)[0]
+        return root_cause(self.failures) or in_order(self.failures)[0]
 
     def format_msg(self, boarder_delim: str = "=", section_delim: str = "-") -> str:
         """The report.
@@ -633,122 +386,6 @@ class ChildFailedError(SupervisorError):
             boarder_delim: the character above and below (spelt as torch spells it).
             section_delim: the character between the sections.
         """
-        title = f"{_printable(self.name)} FAILED"
-        others, root = self._sections()
-        width = max(len(line) for part in (title, others, root) for line in part.split("\n"))
-        width = min(width, _MAX_WIDTH)
-        border, section = boarder_delim * width, section_delim * width
-        root = f"Root Cause (first observed failure):\n{root}"
-        return "\n".join(
-            ["", border, title, section, f"Failures:\n{others}", section, root, border]
-        )
+        from asupervise.report import format_report
 
-    def _sections(self) -> tuple[str, str]:
-        own = _in_order({r: f for r, f in self.failures.items() if not f.ended_by_us})
-        ended = {r: f for r, f in self.failures.items() if f.ended_by_us}
-        blocks = [
-            _block(index, rank, failure, _OTHER_TEXT_CHARS)
-            for index, (rank, failure) in enumerate(own[1 : _MAX_OTHERS + 1], 1)
-        ]
-        rest = dict(own[_MAX_OTHERS + 1 :])
-        if rest:
-            blocks.append(f"Failed later: {_grouped(rest)}")
-        others = blocks or ["  <NO_OTHER_FAILURES>"]
-        if ended:
-            others.append(f"Ended by the supervisor: {_grouped(ended)}")
-        if stacks := _stack_groups(self.failures):
-            others.append(f"Where they were before they were ended:\n{stacks}")
-        root = _block(0, *own[0], _ROOT_TEXT_CHARS, with_stderr=True) if own else _ALL_ENDED
-        return "\n".join(others), root
-
-
-def _block(
-    index: int, rank: int, failure: ProcessFailure, limit: int, *, with_stderr: bool = False
-) -> str:
-    fields = _fields(rank, failure, limit)
-    if with_stderr and not failure.traceback and failure.stderr_tail:
-        tail = _printable(failure.stderr_tail).rstrip("\n")
-        fields.append(("stderr", "last lines:\n" + _cut_head(tail, _TAIL_CHARS)))
-    lines = [f"  {label:<10}: {_indented(text)}" for label, text in fields]
-    return "\n".join([f"[{index}]:", *lines])
-
-
-def _fields(rank: int, failure: ProcessFailure, limit: int) -> list[tuple[str, str]]:
-    name = failure.signal_name()
-    signal_text = f" ({name})" if name != _NOT_AVAILABLE else ""
-    record_note = failure.record.note if failure.record is not None else ""
-    text = failure.traceback or (failure.message if isinstance(failure.message, str) else "")
-    fields = [
-        ("time", failure.timestamp_isoformat()),
-        ("host", os.uname().nodename),  # not getfqdn(): DNS can hold it up for seconds
-        ("rank", f"{rank} (local_rank: {failure.local_rank})"),
-        ("exitcode", f"{failure.exitcode} (pid: {failure.pid}){signal_text}"),
-        ("cause", _printable(failure.cause)),
-        ("memory", _memory_text(failure)),
-        ("stack", _printable(failure.stack)),
-        ("error_file", _printable(failure.error_file)),
-        ("note", _printable(_join(failure.note, record_note))),
-        ("traceback", _cut_middle(_printable(text).rstrip("\n"), limit) or _NOT_AVAILABLE),
-    ]
-    return [(label, text) for label, text in fields if text]
-
-
-def _memory_text(failure: ProcessFailure) -> str:
-    """For a death by SIGKILL alone: otherwise memory is beside the point."""
-    known = (("peak", failure.peak_rss_bytes), ("last seen", failure.last_rss_bytes))
-    if exit_status(failure.exitcode) != 128 + signal.SIGKILL:
-        return ""
-    return ", ".join(f"{label} {size / (1 << 20):.1f} MiB" for label, size in known if size)
-
-
-def _stack_groups(failures: Mapping[int, ProcessFailure]) -> str:
-    """``ranks 0-6: in wait (job.py:3)`` for each different stack, the largest group first."""
-    groups: dict[str, list[int]] = {}
-    for rank, failure in sorted(failures.items()):
-        if failure.stack:
-            groups.setdefault(failure.stack, []).append(rank)
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[1]))
-    return "\n".join(f"  {_ranks_text(ranks)}: {_printable(stack)}" for stack, ranks in ordered)
-
-
-def _grouped(failures: Mapping[int, ProcessFailure]) -> str:
-    """``ranks 0, 2-7 (SIGTERM); rank 9 (exit code 1)``."""
-    groups: dict[str, list[int]] = {}
-    for rank, failure in sorted(failures.items()):
-        code = failure.exitcode
-        how = failure.signal_name() if code < 0 else f"exit code {code}"
-        groups.setdefault(f"signal {-code}" if how == _NOT_AVAILABLE else how, []).append(rank)
-    return "; ".join(f"{_ranks_text(ranks)} ({how})" for how, ranks in groups.items())
-
-
-def _ranks_text(ranks: list[int]) -> str:
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], rank]
-        else:
-            runs.append([rank])
-    text = ", ".join("-".join(map(str, run)) for run in runs)
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {text}"
-
-
-def _printable(text: str) -> str:
-    """The text as any terminal or UTF-8 file takes it: no control sequences, no surrogates."""
-    text = _TERMINAL_SEQUENCE.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _indented(text: str) -> str:
-    return text.replace("\n", "\n  ")
-
-
-def _cut_middle(text: str, limit: int) -> str:
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]}\n... ({len(text) - 2 * half} characters left out) ...\n{text[-half:]}"
-
-
-def _cut_head(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"... {text[-limit:]}"
+        return format_report(self.name, self.failures, boarder_delim, section_delim)

@@ -35,13 +35,14 @@ class Framed:
         fresh: the beginning otherwise: with its prefix, and with the part already shown
             where that is still known, so that the whole line is there in one piece. Empty if
             all of the line is there but its end, which whoever wrote since has supplied.
-        rest: what follows in both cases.
+        rest: what follows in both cases, in parts: putting them together would be one more copy
+            of all that passes here.
         unfinished: whether the last line is without its end.
     """
 
     resumed: bytes
     fresh: bytes
-    rest: bytes
+    rest: tuple[bytes, ...]
     unfinished: bool
 
 
@@ -105,12 +106,12 @@ class LineFramer:
             return self._grow(data)
         first = data.find(b"\n") + 1
         resumed, fresh = self._completed(data[:first])
-        rest = self._prefixed(data[first : end - 1]) if first < end else b""
+        rest = self._prefixed(data[first : end - 1]) if first < end else ()
         self._reset()
         # What follows the last newline cannot complete a line, but may be too long to be held.
         grown = self._grow(data[end:])
         if grown is not None:
-            return Framed(resumed, fresh, rest + grown.fresh, unfinished=True)
+            return Framed(resumed, fresh, (*rest, grown.fresh), unfinished=True)
         return Framed(resumed, fresh, rest, unfinished=False)
 
     def peek(self) -> Framed | None:
@@ -119,7 +120,7 @@ class LineFramer:
             return None
         resumed, fresh = self._begin(self._held)
         self._shown = len(self._held)
-        return Framed(resumed, fresh, b"", unfinished=True)
+        return Framed(resumed, fresh, (), unfinished=True)
 
     def end(self) -> Framed | None:
         """The stream has ended: give out what is left, with a newline after it."""
@@ -127,7 +128,7 @@ class LineFramer:
             return None
         resumed, fresh = self._completed(b"\n")
         self._reset()
-        return Framed(resumed, fresh, b"", unfinished=False)
+        return Framed(resumed, fresh, (), unfinished=False)
 
     def _grow(self, data: bytes) -> Framed | None:
         """Add to the begun line."""
@@ -147,7 +148,7 @@ class LineFramer:
             return None
         resumed, fresh = self._begin(held)
         self._held, self._shown, self._head_gone = b"", 0, True
-        return Framed(resumed, fresh, b"", unfinished=True)
+        return Framed(resumed, fresh, (), unfinished=True)
 
     def _completed(self, tail: bytes) -> tuple[bytes, bytes]:
         """The two beginnings (resumed, fresh) of the begun line, which `tail` ends."""
@@ -170,12 +171,11 @@ class LineFramer:
             return b"\n" + fresh, fresh
         return whole[self._shown :], fresh
 
-    def _prefixed(self, lines: bytes) -> bytes:
+    def _prefixed(self, lines: bytes) -> tuple[bytes, ...]:
         """Whole lines, given without the last one's newline."""
         if b"\r" in lines:
             lines = _without_overwritten(lines)
-        prefix = self._prefix
-        return b"".join((prefix, lines.replace(b"\n", b"\n" + prefix), b"\n"))
+        return self._prefix, lines.replace(b"\n", b"\n" + self._prefix), b"\n"
 
 
 def _without_overwritten(lines: bytes) -> bytes:

@@ -16,8 +16,8 @@ import subprocess
 import sys
 import weakref
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
-from typing import Final
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
 
 from asupervise._compat import Exit, spawn
 from asupervise.shielding import run_in_any_case
@@ -28,6 +28,7 @@ ORPHAN_GRACE_S: Final = 0.25
 
 _GOODBYE: Final = b"goodbye\n"
 _GOODBYE_LIMIT_S: Final = 2.0
+_REAP_LIMIT_S: Final = 0.1
 # Each line names workers, "<pid>:<start time>" each. At the end of the pipe: become the sweeper.
 _SHELL: Final = """\
 workers=
@@ -74,33 +75,58 @@ class Guardian:
         _ours.add(self._pipe)
         # When the event loop is thrown away with workers in it, this object goes as well, and
         # our end of the pipe with it.
-        self._close = weakref.finalize(self, _close_pipe, self._pipe)
+        self._close = weakref.finalize(self, _close_ours, self._pipe)
+        command = (
+            "/bin/sh", "-c", _SHELL, "asupervise-guardian",
+            *_sweeper_command(self._token, self._cgroup),
+        )  # fmt: skip
+        options: dict[str, Any] = {
+            "stdin": read_end,
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.DEVNULL,
+            # Not ours: a token of an outer supervisor would make it a victim of that sweep.
+            "env": {"PATH": os.defpath},
+            "cwd": "/",
+            "start_new_session": True,
+        }
         try:
-            process = await spawn(
-                (
-                    "/bin/sh",
-                    "-c",
-                    _SHELL,
-                    "asupervise-guardian",
-                    *_sweeper_command(self._token, self._cgroup),
-                ),
-                on_exit=self._on_exit,
-                stdin=read_end,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                # Not ours: a token of an outer supervisor would make it a victim of that sweep.
-                env={"PATH": os.defpath},
-                cwd="/",
-                start_new_session=True,
-            )
+            if hasattr(os, "pidfd_open"):
+                self.pid = self._popen(command, options)
+            else:
+                self.pid = (await spawn(command, on_exit=self._on_exit, **options)).pid
         except BaseException:
             self._close()
             raise
         finally:
             os.close(read_end)
-        self.pid = process.pid
 
-    def _on_exit(self, exit: Exit) -> None:
+    def _popen(self, command: tuple[str, ...], options: dict[str, Any]) -> int:
+        # Not by asyncio: it kills its children when their loop is thrown away, which is when the
+        # guardian is needed.
+        process = subprocess.Popen(command, **options)
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            # No descriptor is left.
+            process.kill()
+            process.wait()
+            raise
+        _ours.add(pidfd)
+        close = weakref.finalize(self, _close_ours, pidfd)
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(pidfd)
+            close()
+            # With a limit, for a tracer is told before the parent is (ptrace(2)).
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_REAP_LIMIT_S)
+            self._on_exit()
+
+        loop.add_reader(pidfd, ended)
+        return process.pid
+
+    def _on_exit(self, exit: Exit | None = None) -> None:
         self.lost = not self._said_goodbye
         self._exited.set()
 
@@ -134,12 +160,12 @@ class Guardian:
             pass
 
 
-# Our ends of the pipes. A process that the host forks without exec (multiprocessing) must not
-# keep them open: the guardian would not see us end.
+# Our ends of the pipes, and pidfds. A process that the host forks without exec (multiprocessing)
+# must not keep a pipe open: the guardian would not see us end.
 _ours: set[int] = set()
 
 
-def _close_pipe(fd: int) -> None:
+def _close_ours(fd: int) -> None:
     if fd in _ours:
         _ours.discard(fd)
         os.close(fd)
@@ -147,7 +173,7 @@ def _close_pipe(fd: int) -> None:
 
 def _close_in_child() -> None:
     for fd in list(_ours):
-        _close_pipe(fd)
+        _close_ours(fd)
 
 
 _hooked = False

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 
 from asupervise import procfs
 from asupervise._compat import Child, Exit, exit_now, has_ended, spawn
@@ -78,25 +77,35 @@ class SubprocessHandler:
         """
         self = cls(plan, on_exit)
         self.started_ns = time.monotonic_ns()
-        with ExitStack() as opened:
-            stdout, stderr = (_open_log(path, plan, opened) for path in (plan.stdout, plan.stderr))
-            try:
-                self._child = await spawn(
-                    plan.argv,
-                    on_exit=self._ended,
-                    stdin=None if plan.stdin else subprocess.DEVNULL,
-                    stdout=stdout,
-                    stderr=stderr,
-                    env={**parent_env, **plan.env},
-                    cwd=cwd,
-                    start_new_session=True,
-                )
-            except OSError as exc:
-                raise _named(exc, plan, f"cannot start {plan.argv[0]!r}") from exc
+        opened: list[int] = []
+        try:
+            stdout = _open_log(plan, plan.stdout, opened)
+            stderr = _open_log(plan, plan.stderr, opened)
+            self._child = await self._spawned(stdout, stderr, {**parent_env, **plan.env}, cwd)
+        finally:
+            for fd in opened:
+                os.close(fd)
         self.pid = self._child.pid
         if self.exit is not None:
             self._settle(self.exit)
         return self
+
+    async def _spawned(
+        self, stdout: int | None, stderr: int | None, env: Mapping[str, str], cwd: str | None
+    ) -> Child:
+        try:
+            return await spawn(
+                self.plan.argv,
+                on_exit=self._ended,
+                stdin=None if self.plan.stdin else subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=env,
+                cwd=cwd,
+                start_new_session=True,
+            )
+        except OSError as exc:
+            raise _named(exc, self.plan, f"cannot start {self.plan.argv[0]!r}") from exc
 
     def _ended(self, exit: Exit) -> None:
         self.exit = exit
@@ -108,7 +117,7 @@ class SubprocessHandler:
         # Here the leader's pid has only just been given back: a group of that number can only
         # be ours, and whoever is in it now is proven ours for good.
         if procfs.group_exists(self.pid):
-            self.stragglers = tuple(e for e in procfs.entries() if e.process_group == self.pid)
+            _find_stragglers_soon(self)
         if not self._exited.done():
             self._exited.set_result(exit)
         if self._on_exit is not None:
@@ -194,14 +203,40 @@ class SubprocessHandler:
         return f"<SubprocessHandler rank {self.local_rank} pid {self.pid}: {state}>"
 
 
-def _open_log(path: str | None, plan: WorkerPlan, opened: ExitStack) -> int | None:
+_asking: dict[asyncio.AbstractEventLoop, list[SubprocessHandler]] = {}
+
+
+def _find_stragglers_soon(handler: SubprocessHandler) -> None:
+    """Before anybody who waits for its exit has a turn of the loop.
+
+    Workers end in crowds, and a look at the process table of a busy machine takes 10 ms: one for
+    all whose exits were read together.
+    """
+    loop = asyncio.get_running_loop()
+    if loop not in _asking:
+        _asking[loop] = []
+        loop.call_soon(_find_stragglers, loop)
+    _asking[loop].append(handler)
+
+
+def _find_stragglers(loop: asyncio.AbstractEventLoop) -> None:
+    handlers = _asking.pop(loop)
+    groups: dict[int, list[procfs.ProcessEntry]] = {handler.pid: [] for handler in handlers}
+    for entry in procfs.entries():
+        if entry.process_group in groups:
+            groups[entry.process_group].append(entry)
+    for handler in handlers:
+        handler.stragglers = tuple(groups[handler.pid])
+
+
+def _open_log(plan: WorkerPlan, path: str | None, opened: list[int]) -> int | None:
     if path is None:
         return None
     try:
         fd = os.open(path, _LOG_FLAGS, _LOG_MODE)
     except OSError as exc:
         raise _named(exc, plan, "cannot open its log") from exc
-    opened.callback(os.close, fd)
+    opened.append(fd)
     return fd
 
 

@@ -13,6 +13,8 @@ from asupervise import procfs
 _MIB = 1 << 20
 _FIRST_SAMPLE_S = 0.1
 _NUMBER = re.compile(r"[0-9]{1,20}")
+# proc(5), /proc/pid/status: neighbours since both are there (Linux 2.6).
+_RESIDENT = re.compile(r"^VmHWM:\s+([0-9]{1,20}) kB\nVmRSS:\s+([0-9]{1,20}) kB$", re.MULTILINE)
 _DELETED = " (deleted)"
 # v1 says "no limit" with the largest page-aligned number that there is.
 _NO_LIMIT = 1 << 60
@@ -70,15 +72,30 @@ def memory_cgroup(pid: int | str, root: str = "/") -> str | None:
     A container that sees the host's names has its own cgroup at the top (no cgroup namespace, as
     with v1): that is taken where the name is not there.
     """
-    version, path = parse_cgroup(_text(root, f"proc/{pid}/cgroup"))
+    return folder_of(cgroup_text(pid, root), root)
+
+
+def cgroup_text(pid: int | str, root: str = "/") -> str:
+    """What the kernel says about the cgroups of a process (``/proc/<pid>/cgroup``)."""
+    return _text(root, f"proc/{pid}/cgroup")
+
+
+def folder_of(text: str, root: str = "/") -> str | None:
+    """The folder of the memory cgroup in the text of :func:`cgroup_text`."""
+    version, path = parse_cgroup(text)
     if version == 0:
         return None
     top = os.path.join(root, "sys/fs/cgroup", "memory" if version == 1 else "")
-    if version == 2 and not os.path.exists(os.path.join(top, "cgroup.controllers")):
+    if version == 2 and not _exists(top, "cgroup.controllers"):
         top = os.path.join(top, "unified")
+    top = os.path.normpath(top)
     folder = os.path.normpath(os.path.join(top, path.lstrip("/")))
-    there = folder.startswith(os.path.normpath(top)) and os.path.isdir(folder)
-    return folder if there else os.path.normpath(top)
+    if not (folder.startswith(top) and os.path.isdir(folder)):
+        return top
+    # In v2 memory is accounted in the nearest one above that the controller is handed down to.
+    while version == 2 and folder != top and not _exists(folder, "memory.events"):
+        folder = os.path.dirname(folder)
+    return folder
 
 
 def parse_cgroup(text: str) -> tuple[int, str]:
@@ -132,9 +149,9 @@ def memory_of(pid: int | str, root: str = "/") -> MemoryUse | None:
     By ``/proc``, which knows the peak of the program since its start; by psutil elsewhere.
     """
     text = _text(root, f"proc/{pid}/status")
-    last, peak = parse_value(text, "VmRSS"), parse_value(text, "VmHWM")
-    if last is not None:
-        return MemoryUse(last * 1024, max(last, peak or 0) * 1024)
+    if found := _RESIDENT.search(text):
+        peak, last = int(found[1]) * 1024, int(found[2]) * 1024
+        return MemoryUse(last, max(last, peak))
     return None if text or os.path.isdir(os.path.join(root, "proc/self")) else _by_psutil(pid)
 
 
@@ -146,6 +163,10 @@ def _by_psutil(pid: int | str) -> MemoryUse | None:
     except psutil.Error:
         return None
     return MemoryUse(used, used)
+
+
+def _exists(*parts: str) -> bool:
+    return os.path.exists(os.path.join(*parts))
 
 
 def _text(*parts: str) -> str:

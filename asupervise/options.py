@@ -4,6 +4,7 @@ Pure: the environment is passed in, and nothing is printed. A field's value is t
 or else that of ``PET_<FIELD>`` in the environment (torchrun's habit), or else its default.
 """
 
+import argparse
 import re
 import signal
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,13 @@ class LaunchOptions(NamedTuple):
 
 _ALL: dict[str, Flag] = {flag.name: flag for group in FLAGS.values() for flag in group}
 _SHORT: dict[str, Flag] = {flag.short[1]: flag for flag in _ALL.values() if flag.short}
+_LETTERS = re.compile(
+    "-([{}]*)(?:([{}])=?)?(.*)".format(
+        "".join(letter for letter, flag in _SHORT.items() if flag.read is None),
+        "".join(letter for letter, flag in _SHORT.items() if flag.read is not None),
+    ),
+    re.DOTALL,
+)
 _ABOUT_US = frozenset({"help", "version"})
 _OVERRIDDEN_BY_STANDALONE = frozenset({"rdzv_backend", "rdzv_endpoint", "rdzv_id"})
 
@@ -109,50 +117,44 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> LaunchOpti
 
 # --- which flags were typed ------------------------------------------------------------------
 
-# What argparse makes of "--" among the script's arguments differs between Python versions, it
-# takes two spellings of a flag for an ambiguity, and it costs every start 5 ms.
+# argparse is given one flag at a time, its name in full. Given all words at once it would judge
+# the script's arguments too, with verdicts that differ between Python versions where "--" or the
+# start of a flag is among them.
 
 
-def _typed(argv: Sequence[str]) -> tuple[dict[str, str | bool], list[str]]:
+def _typed(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The texts of the flags by field; the script with its arguments, untouched."""
-    typed: dict[str, str | bool] = {}
-    rest = list(argv)
-    while rest and rest[0].startswith("-") and rest[0] != "-" and _ABOUT_US.isdisjoint(typed):
+    parser, typed, rest = _parser(), argparse.Namespace(), list(argv)
+    while rest and rest[0].startswith("-") and rest[0] != "-" and _ABOUT_US.isdisjoint(vars(typed)):
         word = rest.pop(0)
         if word == "--":
             break
-        typed.update(_long(word, rest) if word.startswith("--") else _letters(word, rest))
-    return typed, rest
+        flag, full, wants_value = _long(word) if word.startswith("--") else _letters(word)
+        words = [full, *rest[:wants_value]]
+        del rest[:wants_value]
+        try:
+            parser.parse_args(words, typed)
+        except argparse.ArgumentError:
+            raise _refusal(flag, full) from None
+    return vars(typed), rest
 
 
-def _long(word: str, rest: list[str]) -> dict[str, str | bool]:
+def _long(word: str) -> tuple[Flag, str, bool]:
+    """Its flag, the word with the name in full, and whether the next word is the value."""
     name, equals, value = word.partition("=")
     flag = _named(name)
-    if flag.read is None:
-        if equals:
-            raise UsageError(f"{flag.name} is a switch and takes no value, got {value!r}")
-        return {flag.field: flag.negates is None}
-    return {flag.field: value if equals else _next_word(flag, rest)}
+    return flag, f"{flag.name}{equals}{value}", flag.read is not None and not equals
 
 
-def _letters(word: str, rest: list[str]) -> dict[str, str | bool]:
-    """Of a word such as ``-m``, ``-r3`` or ``-mr``."""
-    typed: dict[str, str | bool] = {}
-    for position, letter in enumerate(word[1:], 2):
-        flag = _SHORT.get(letter)
-        if flag is None:
-            raise UsageError(f"there is no flag -{letter}", hint=_HINT_SCRIPT)
-        if flag.read is not None:
-            value = word[position:].removeprefix("=")
-            return {**typed, flag.field: value or _next_word(flag, rest)}
-        typed[flag.field] = True
-    return typed
-
-
-def _next_word(flag: Flag, rest: list[str]) -> str:
-    if not rest or re.match(r"-(-|[a-zA-Z])", rest[0]):
-        raise UsageError(f"{flag.name} needs a value", hint=f"{flag.name}={flag.metavar}")
-    return rest.pop(0)
+def _letters(word: str) -> tuple[Flag, str, bool]:
+    """The same of a word such as ``-m``, ``-r3`` or ``-mr``, by its last flag."""
+    found = _LETTERS.fullmatch(word)
+    assert found is not None, "any word matches that starts with a dash"
+    switches, valued, rest = found.groups("")
+    if rest and not valued:
+        raise UsageError(f"there is no flag -{rest[0]}", hint=_HINT_SCRIPT)
+    # Python 3.11 takes the "=" of "-mr=3" for a part of the value.
+    return _SHORT[valued or switches[-1]], f"-{switches}{valued}{rest}", bool(valued and not rest)
 
 
 def _named(name: str) -> Flag:
@@ -161,17 +163,13 @@ def _named(name: str) -> Flag:
     if dashed in _ALL:
         return _ALL[dashed]
     for ours in (False, True):
-        alike = [flag for flag in _ALL.values() if flag.ours is ours and _starts(flag, dashed)]
+        alike = [f for f in _ALL.values() if f.ours is ours and f.name.startswith(dashed)]
         if len(alike) > 1:
             names = ", ".join(flag.name for flag in alike)
             raise UsageError(f"{name} may stand for more than one flag: {names}")
         if alike:
             return alike[0]
     raise _unknown_flag(name, dashed)
-
-
-def _starts(flag: Flag, name: str) -> bool:
-    return flag.name.startswith(name)
 
 
 _HINT_SCRIPT = "flags of the script stand after the script"
@@ -184,6 +182,14 @@ def _unknown_flag(name: str, dashed: str) -> UsageError:
     return UsageError(
         f"there is no flag {name}", hint=f"did you mean {alike[0]}?" if alike else _HINT_SCRIPT
     )
+
+
+def _refusal(flag: Flag, word: str) -> UsageError:
+    """argparse's verdict on a flag that exists, in our words: it has no other."""
+    if flag.read is None:
+        value = word.partition("=")[2]
+        return UsageError(f"{flag.name} is a switch and takes no value, got {value!r}")
+    return UsageError(f"{flag.name} needs a value", hint=f"{flag.name}={flag.metavar}")
 
 
 # --- the values ------------------------------------------------------------------------------
@@ -238,6 +244,7 @@ def _checked(options: LaunchOptions) -> LaunchOptions:
             f"--memory-binding {options.memory_binding} needs --numa-binding",
             hint="--numa-binding node",
         )
+    _check_signals(options)
     if isinstance(options.nproc_per_node, int):
         check_stdin(options, options.nproc_per_node)
     _check_endpoint(options)
@@ -252,6 +259,16 @@ def check_stdin(options: LaunchOptions, workers: int) -> None:
         )
 
 
+def _check_signals(options: LaunchOptions) -> None:
+    both = set(options.signals_to_handle or ()) & set(options.forward_signals)
+    if both:
+        names = ", ".join(sig.name for sig in sorted(both))
+        raise UsageError(
+            f"--signals-to-handle and --forward-signals cannot both have {names}",
+            hint="a signal either ends the job or is passed on to the workers",
+        )
+
+
 def _check_endpoint(options: LaunchOptions) -> None:
     if options.standalone or options.rdzv_backend != "static":
         return
@@ -263,7 +280,7 @@ def _check_endpoint(options: LaunchOptions) -> None:
         )
 
 
-# --- help ------------------------------------------------------------------------------------
+# --- argparse's part, and help ---------------------------------------------------------------
 
 _USAGE = """\
 %(prog)s [flags] SCRIPT [arguments of the script]
@@ -289,23 +306,32 @@ it); 2 where the command line is wrong; 128+N where signal N ended the job."""
 
 def help_text() -> str:
     """What ``--help`` prints."""
-    import argparse
+    return _parser().format_help()
 
+
+def _parser() -> argparse.ArgumentParser:
+    """Knows of the flags, in groups; names in full only, for `_named` has our abbreviations."""
     parser = argparse.ArgumentParser(
         prog="asupervise",
         usage=_USAGE,
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
     for heading, flags in FLAGS.items():
         group = parser.add_argument_group(heading)
         for flag in flags:
             names = [flag.short, flag.name] if flag.short else [flag.name]
             text = flag.help.replace("%", "%%")  # argparse formats it with "%"
-            if flag.read is None:
-                group.add_argument(*names, action="store_true", help=text)
-            else:
-                group.add_argument(*names, metavar=flag.metavar, help=text)
-    return parser.format_help()
+            group.add_argument(*names, dest=flag.field, help=text, **_how(flag))
+    return parser
+
+
+def _how(flag: Flag) -> dict[str, Any]:
+    if flag.read is not None:
+        return {"metavar": flag.metavar}
+    return {"action": "store_false" if flag.negates else "store_true"}

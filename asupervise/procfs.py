@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 # State letters of processes that run nothing any more (proc(5): zombie, dead).
 _ENDED_STATES = frozenset("ZXx")
+# How long to wait for a program that is just being loaded: 20 ms at most.
+_EXEC_LOOKS = 20
+_EXEC_PAUSE_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +91,25 @@ def environment_holds(pid: int, token: bytes) -> bool:
 
     False as well where it cannot be read: another user's process, or one without memory.
     """
-    text = _read(f"/proc/{pid}/environ")
+    path = f"/proc/{pid}/environ"
+    text = _read(path)
+    for _ in range(_EXEC_LOOKS):
+        if text != b"" or not _is_between_programs(pid):
+            break
+        # It will be there in a moment: who is just being started must not escape for that.
+        time.sleep(_EXEC_PAUSE_S)
+        text = _read(path)
     return text is not None and token in text
+
+
+def _is_between_programs(pid: int) -> bool:
+    """Whether execve(2) has replaced the memory, but not yet laid out the environment in it."""
+    if pid == 1:
+        return False  # a container's may have none for good
+    text = _read(f"/proc/{pid}/stat")
+    fields = (text or b"").rpartition(b")")[2].split()
+    # vsize: kernel threads have none; env_end: 0 until it is laid out (proc(5)).
+    return len(fields) >= 49 and int(fields[20]) > 0 and int(fields[48]) == 0
 
 
 def newest_pid() -> int | None:
@@ -139,6 +160,9 @@ def send_to_process(entry: ProcessEntry, sig: int) -> bool:
         pidfd = os.pidfd_open(entry.pid)
     except ProcessLookupError:
         return False
+    except OSError:
+        # No descriptor is left (EMFILE).
+        return _send_by_pid(entry, sig)
     try:
         if not is_same(entry):
             return False

@@ -165,7 +165,7 @@ def _check_args(args: Mapping[int, Sequence[object]]) -> None:
 def _check_envs(envs: Mapping[int, Mapping[str, str]]) -> None:
     for rank, env in envs.items():
         for name, value in env.items():
-            if not (isinstance(name, str) and isinstance(value, str)):
+            if not all(isinstance(text, str) for text in (name, value)):
                 raise TypeError(
                     f"envs: local rank {rank}: {name!r}: {value!r}: expected strings (torch's "
                     "maps hold strings, too)"

@@ -17,10 +17,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from asupervise import procfs
-from asupervise._compat import Exit, spawn
+from asupervise._compat import Child, Exit, spawn
 from asupervise.handler import SubprocessHandler
 from asupervise.worker import STACKS_SIGNAL, STACKS_VARIABLE
 
@@ -172,13 +173,19 @@ def parse_py_spy(text: str) -> tuple[Frame, ...]:
 # --- asking -------------------------------------------------------------------------------------
 
 
-async def dump(handlers: Sequence[SubprocessHandler]) -> dict[int, Stack]:
+async def dump(
+    handlers: Sequence[SubprocessHandler], on_helper: Callable[[int], None]
+) -> dict[int, Stack]:
     """The stacks of all those workers that run, and a copy of each in its ``stacks.txt``.
 
     Bounded: about two seconds, and five more where py-spy is used. A worker that ends meanwhile
     is left out.
+
+    Args:
+        handlers: the workers.
+        on_helper: called with the pid of each process that is started for this.
     """
-    spies = _PySpies()
+    spies = _PySpies(on_helper)
     running = [handler for handler in handlers if handler.running]
     found = await asyncio.gather(*(_one(handler, spies) for handler in running))
     return {stack.local_rank: stack for stack in found if stack is not None}
@@ -192,16 +199,16 @@ async def _one(handler: SubprocessHandler, spies: _PySpies) -> Stack | None:
     finally:
         ended.cancel()
         looking.cancel()
+        # A helper process that has just been killed is still to be reaped.
+        await asyncio.wait({looking, ended})
+    if looking.cancelled():
+        return None  # the worker has ended: there is nothing left to look at
     try:
-        return await looking
+        return looking.result()
     except (OSError, RuntimeError):
         # No descriptor or no thread is left: not knowing where it is must not keep a group from
         # being ended.
         return None
-    except asyncio.CancelledError:
-        if not looking.cancelled():
-            raise
-        return None  # it has ended: there is nothing left to look at
 
 
 async def _best(handler: SubprocessHandler, spies: _PySpies) -> Stack | None:
@@ -353,7 +360,8 @@ def _append(path: str, text: str) -> None:
 class _PySpies:
     """``py-spy dump`` for one round of questions, of bounded length, a few at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_helper: Callable[[int], None]) -> None:
+        self._on_helper = on_helper
         self._end_s = asyncio.get_running_loop().time() + _DUMP_LIMIT_S + _PY_SPY_LIMIT_S
         self._free = asyncio.Semaphore(_PY_SPIES_AT_ONCE)
         self._program: str | None = None
@@ -368,7 +376,7 @@ class _PySpies:
         argv = (self._program, "dump", "--nonblocking", "--pid", str(pid))
         try:
             async with asyncio.timeout_at(self._end_s), self._free:
-                return await _output_of(argv)
+                return await _output_of(argv, self._on_helper)
         except (OSError, TimeoutError):
             return ""
 
@@ -382,7 +390,7 @@ def find_py_spy() -> str | None:
     return shutil.which("py-spy", path=os.pathsep.join(filter(None, folders)))
 
 
-async def _output_of(argv: tuple[str, ...]) -> str:
+async def _output_of(argv: tuple[str, ...], on_start: Callable[[int], None]) -> str:
     """What a short-lived command prints; "" if it fails. Where this is cancelled, it is killed."""
     exits: list[Exit] = []
     ended = asyncio.Event()
@@ -400,13 +408,25 @@ async def _output_of(argv: tuple[str, ...]) -> str:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        on_start(child.pid)
         try:
             await ended.wait()
         finally:
             if not exits:
-                os.kill(child.pid, signal.SIGKILL)
+                await _kill(child, ended)
         output.seek(0)
         return output.read(_MAX_BYTES).decode(errors="replace") if exits[0].code == 0 else ""
+
+
+async def _kill(child: Child, ended: asyncio.Event) -> None:
+    """Kill it and wait until it is reaped; no longer where it cannot die."""
+    with suppress(ProcessLookupError):  # ended just now
+        os.kill(child.pid, signal.SIGKILL)
+    try:
+        async with asyncio.timeout(_DUMP_LIMIT_S):
+            await ended.wait()
+    except TimeoutError:
+        child.abandon()
 
 
 def _by_kernel(pid: int) -> str:

@@ -6,11 +6,13 @@ import asyncio
 import errno
 import os
 import sys
+import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import anyio
@@ -87,29 +89,29 @@ class FilteredLog:
         OSError: if it cannot be made.
     """
 
-    def __init__(self, path: str, threads: Executor) -> None:
+    def __init__(self, path: str) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         self.path = path
         self.broken: OSError | None = None
         self._fd = os.open(path, flags, 0o600)
-        self._threads = threads
-        self._turn = asyncio.Lock()
+        # Not one of asyncio's: it is written to by several threads.
+        self._turn = threading.Lock()
 
-    async def write(self, prefix: bytes, picked: Picked, source: int | None) -> None:
-        """Append the lines; `source` is the file that a long one is copied from."""
-        if self.broken is not None:
-            return
-        loop = asyncio.get_running_loop()
-        async with self._turn:
+    def append(self, prefix: bytes, picked: Picked, source: int | None) -> None:
+        """Append the lines; `source` is the file that a long one is copied from. Blocks."""
+        with self._turn:
             try:
-                await loop.run_in_executor(self._threads, _append, self._fd, prefix, picked, source)
+                if self.broken is None:
+                    _append(self._fd, prefix, picked, source)
             except OSError as exc:
                 # The disk, not the worker: the console goes on, and the result says what is
                 # missing here.
                 self.broken = exc
 
     def close(self) -> None:
-        os.close(self._fd)
+        with self._turn:
+            os.close(self._fd)
+            self.broken = OSError("closed")
 
 
 def _append(fd: int, prefix: bytes, picked: Picked, source: int | None) -> None:
@@ -138,15 +140,16 @@ class Sifter:
         self._filter = line_filter
         self._log = log
 
-    async def feed(self, data: bytes, fd: int) -> None:
-        await self._copy(self._filter.feed(data), fd)
+    def feed(self, data: bytes, fd: int) -> Callable[[], None] | None:
+        return self._copying(self._filter.feed(data), fd)
 
-    async def end(self, fd: int | None) -> None:
-        await self._copy(self._filter.end(), fd)
+    def end(self, fd: int | None) -> Callable[[], None] | None:
+        return self._copying(self._filter.end(), fd)
 
-    async def _copy(self, picked: Picked, source: int | None) -> None:
+    def _copying(self, picked: Picked, source: int | None) -> Callable[[], None] | None:
         if picked.lines or picked.long:
-            await self._log.write(self._filter.prefix, picked, source)
+            return partial(self._log.append, self._filter.prefix, picked, source)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +189,7 @@ class LogStreams:
             console = stack.enter_context(hub.consoles.shared(getattr(sys, name)))
             filtered = None
             if needles and path:
-                filtered = FilteredLog(path, hub.threads)
+                filtered = FilteredLog(path)
                 stack.callback(filtered.close)
             self._streams[name] = _Stream(console, needles, filtered)
 

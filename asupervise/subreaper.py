@@ -67,12 +67,14 @@ def subreaping(is_stranger: Callable[[int], bool]) -> Iterator[Subreaper]:
         RuntimeError: if not called in the main thread (signal(2) handlers belong to it).
     """
     reaper = Subreaper(is_stranger)
-    if sys.platform != "linux" or not _set_subreaper(True):
+    if sys.platform != "linux":
         yield reaper
         return
     loop = asyncio.get_running_loop()
+    # First, because it may be refused: orphans would come to us, and nobody would reap them.
     loop.add_signal_handler(signal.SIGCHLD, reaper.on_child_signal)
     try:
+        _set_subreaper(True)
         yield reaper
     finally:
         loop.remove_signal_handler(signal.SIGCHLD)

@@ -14,7 +14,8 @@ import os
 import stat
 import struct
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from functools import cache
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ from asupervise.framing import Framed, LineFramer
 BLOCK_BYTES = 256 * 1024
 # What has only just been written is in memory still: so much of it is read without a thread.
 _AT_ONCE_BYTES = 16 * 1024
+# One that is far behind goes on for so long before it lets another have the console.
+_STREAM_S = 0.05
 
 # An unfinished line (a prompt) is shown after this much silence.
 IDLE_S = 0.5
@@ -237,12 +240,15 @@ class Watches:
 
 
 class Sideline(Protocol):
-    """Who gets all that a tailer reads, beside the console."""
+    """Who gets all that a tailer reads, beside the console.
 
-    async def feed(self, data: bytes, fd: int) -> None:
+    Both methods are quick, and return what is to be done in a thread, if anything.
+    """
+
+    def feed(self, data: bytes, fd: int) -> Callable[[], None] | None:
         """Take what was read from `fd`, the file's descriptor."""
 
-    async def end(self, fd: int | None) -> None:
+    def end(self, fd: int | None) -> Callable[[], None] | None:
         """The file has ended; None for `fd` if what was in it is gone."""
 
 
@@ -374,9 +380,9 @@ class Tailer:
             self._look_for_successor()
         return not self._unread()
 
-    def _unread(self) -> int:
+    def _unread(self, fd: int | None = None) -> int:
         """How much there is to read; negative if the file was truncated. Needs no disk."""
-        size = os.fstat(self.fd).st_size
+        size = os.fstat(self.fd if fd is None else fd).st_size
         if self._end is not None and size > self._end:
             size = self._end
         return size - self._position
@@ -422,12 +428,48 @@ class Tailer:
                 await self._end_line(None)
                 self._position = 0
                 continue
-            async with self._console.blocks:
-                await self._take(await self._read(unread))
+            if unread > BLOCK_BYTES and self._console.takes_streams:
+                await self._stream()
+            else:
+                async with self._console.blocks:
+                    await self._take(await self._read(unread))
             if not self._unread():
                 return
             # A worker that writes little and often must not keep the loop to itself.
             await asyncio.sleep(0)
+
+    async def _stream(self) -> None:
+        """Read, frame and write block after block in one thread: we are far behind."""
+        failures: list[OSError] = []
+        async with self._console.turn:
+            await self._console.write_all(self, self._framings(failures))
+            if self._framer.in_long_line and not failures:
+                await self._show_long_line()
+        self._progress_since = None
+        if failures:
+            raise failures[0]
+
+    def _framings(self, failures: list[OSError]) -> Iterator[Framed]:
+        """What is to be shown of the next blocks; runs in a thread, while our task waits.
+
+        Ends after some time, so that the other ranks have their turn at a slow console.
+        """
+        due = time.monotonic() + _STREAM_S
+        try:
+            # Ours is closed if we are cancelled, and its number then given to another file.
+            with open(os.dup(self.fd), "rb", buffering=0) as file:
+                while (unread := self._unread(file.fileno())) > 0 and time.monotonic() < due:
+                    data = os.pread(file.fileno(), min(unread, BLOCK_BYTES), self._position)
+                    self._position += len(data)
+                    if self._sideline is not None and (
+                        work := self._sideline.feed(data, file.fileno())
+                    ):
+                        work()
+                    if (framed := self._framer.feed(data)) is not None:
+                        yield framed
+        except OSError as exc:
+            # Not the console's, to which this iterator is given.
+            failures.append(exc)
 
     async def _read(self, unread: int) -> bytes:
         data = self._read_at_once(unread) if unread <= _AT_ONCE_BYTES else b""
@@ -435,7 +477,7 @@ class Tailer:
             self._raw.seek(self._position)
             if self._file is None:
                 self._file = async_file(self._raw, executor=self._threads)
-            data = await self._file.read(BLOCK_BYTES)
+            data = await self._file.read(min(unread, BLOCK_BYTES))
         self._position += len(data)
         return data
 
@@ -455,12 +497,18 @@ class Tailer:
         return bytes(buffer[:size])
 
     async def _take(self, data: bytes) -> None:
-        if self._sideline is not None:
-            await self._sideline.feed(data, self.fd)
+        await self._feed_sideline(data)
         framed = self._framer.feed(data)
         if framed is not None:
             self._progress_since = None
             await self._show(framed)
+
+    async def _feed_sideline(self, data: bytes) -> None:
+        if self._sideline is not None and (work := self._sideline.feed(data, self.fd)):
+            await self._in_thread(work)
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _show(self, framed: Framed) -> None:
         async with self._console.turn:
@@ -483,8 +531,7 @@ class Tailer:
             size += len(data)
             if size >= BLOCK_BYTES:
                 due, size = loop.time() + self._idle_s, 0
-            if self._sideline is not None:
-                await self._sideline.feed(data, self.fd)
+            await self._feed_sideline(data)
             if (framed := self._framer.feed(data)) is not None:
                 await self._console.write(self, framed)
 
@@ -540,8 +587,8 @@ class Tailer:
         return True
 
     async def _end_line(self, fd: int | None) -> None:
-        if self._sideline is not None:
-            await self._sideline.end(fd)
+        if self._sideline is not None and (work := self._sideline.end(fd)):
+            await self._in_thread(work)
         framed = self._framer.end()
         if framed is not None:
             await self._show(framed)

@@ -62,6 +62,9 @@ OURS: list[tuple[str, str | None, Any]] = [
     ("--log-line-prefix-template", "[${rank}]", "[${rank}]"),
     ("--dry-run", None, True),
     ("--use-env", None, True),
+    ("--forward-signals", "usr1,SIGUSR2", (signal.SIGUSR1, signal.SIGUSR2)),
+    ("--hang-timeout", "90", 90.0),
+    ("--memory-sample-interval", "0", 0.0),
 ]
 NAMES = [name for name, _, _ in TORCHRUN] + ["--help"]
 
@@ -137,6 +140,21 @@ def test_an_abbreviation_of_several_flags_is_refused(start: str) -> None:
 def test_letters_can_stand_together() -> None:
     options = parsed("-mr", "3", "-t2")
     assert (options.module, options.redirects, options.tee) == (True, "3", "2")
+    for words in (["-mr3"], ["-mr=3"], ["-m", "-r=3"], ["-mr=", "3"]):
+        assert parsed(*words) == parsed("--module", "--redirects", "3")
+    assert parse_options(["-mh", "--bogus"], {}).help
+
+
+@pytest.mark.parametrize("word", ["a=b", "=", "", "-1", "-", "a -b", "-.5", "-7 of 8", "é\n"])
+def test_a_value_may_look_like_something_else(word: str) -> None:
+    assert parsed("--role", word).role == parsed(f"--role={word}").role == word
+
+
+def test_the_guardian_is_a_default_that_no_variable_changes() -> None:
+    assert parsed().guardian
+    assert parsed(PET_NO_GUARDIAN="1", PET_GUARDIAN="0").guardian
+    assert not parsed("--no-guardian").guardian
+    assert not parsed("--no_guard").guardian
 
 
 def test_the_later_of_two_wins() -> None:
@@ -152,6 +170,8 @@ def test_defaults_are_those_of_torchrun() -> None:
     assert (options.rdzv_backend, options.rdzv_id, options.role) == ("static", "none", "default")
     assert (options.monitor_interval, options.start_method) == (0.1, "spawn")
     assert (options.shutdown_timeout, options.use_env) == (30.0, True)
+    assert (options.hang_timeout, options.memory_sample_interval) == (None, 10.0)
+    assert (options.forward_signals, options.guardian) == ((), True)
 
 
 def test_each_field_has_a_flag() -> None:
@@ -192,9 +212,11 @@ SWITCH_OR_VALUE = st.lists(
     st.sampled_from([["--standalone"], ["--tee", "3"], ["--role=a b"], ["-m"], ["-r", "1"]])
 ).map(lambda parts: [word for part in parts for word in part])
 WORD = st.text(ascii_lowercase + "-=_$ ", max_size=6)
+# The last three stand for several flags, for none, and for one that lacks its value.
+LIKE_OURS = st.sampled_from(["--", "--tee", "-h", "-m", "--nproc_per_node=2", "--no", "-x", "-r"])
 
 
-@given(SWITCH_OR_VALUE, st.booleans(), st.lists(WORD | st.sampled_from(["--", "--tee", "-h"])))
+@given(SWITCH_OR_VALUE, st.booleans(), st.lists(WORD | LIKE_OURS))
 def test_what_follows_the_script_is_its_own(
     flags: list[str], dashes: bool, args: list[str]
 ) -> None:
@@ -209,6 +231,16 @@ def test_after_dashes_even_a_flag_is_a_script() -> None:
 
 def test_a_single_dash_is_a_script() -> None:
     assert parse_options(["-", "x"], {}).script == "-"
+
+
+@given(st.lists(WORD | LIKE_OURS | st.sampled_from(["--no-guardian", "--role", "--standalone=1"])))
+def test_any_words_are_either_understood_or_refused(words: list[str]) -> None:
+    try:
+        options = parse_options(words, {})
+    except UsageError:
+        return
+    assert options.help or options.version or options.script in words
+    assert words[len(words) - len(options.script_args) :] == [*options.script_args]
 
 
 # --- bad input ----------------------------------------------------------------------------------
@@ -265,12 +297,45 @@ def test_a_single_dash_is_a_script() -> None:
         ("--stdin 2 --nproc-per-node 2 x.py", "--stdin '2': expected a local rank from 0 to 1"),
         ("--no-python -m x", "--no-python and --module cannot be given together"),
         ("--no-python --no-use-env x", "--no-python and --no-use-env cannot be given together"),
+        ("-mx x.py", "there is no flag -x"),
+        ("-m=x x.py", "there is no flag -="),
+        ("-r", "--redirects needs a value"),
+        ("-mr --tee 3 x.py", "--redirects needs a value"),
+        ("--role -- x.py", "--role needs a value"),
+        ("--forward-signals SIGFOO x.py", "--forward-signals 'SIGFOO': there is no signal"),
+        ("--forward-signals USR1,KILL x.py", "SIGKILL cannot be handled"),
+        ("--forward-signals SIGCHLD x.py", "SIGCHLD cannot be handled"),
+        ("--forward-signals --tee 3 x.py", "--forward-signals needs a value"),
+        ("--hang-timeout 0 x.py", "--hang-timeout '0': expected a number of seconds above 0"),
+        ("--hang-timeout -3 x.py", "--hang-timeout '-3': expected a number of seconds"),
+        ("--hang-timeout nan x.py", "--hang-timeout 'nan': expected a number of seconds"),
+        ("--hang-timeout soon x.py", "--hang-timeout 'soon': expected a number of seconds"),
+        ("--memory-sample-interval -1 x.py", "--memory-sample-interval '-1': expected a number"),
+        ("--memory-sample-interval inf x.py", "--memory-sample-interval 'inf': expected a number"),
+        ("--no-guardian=1 x.py", "--no-guardian is a switch and takes no value, got '1'"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(words: str, said: str) -> None:
     message = str(refused(*words.split()))
     assert said in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("variable", [False, True])
+def test_a_signal_cannot_end_the_job_and_be_passed_on(variable: bool) -> None:
+    given = ["--signals-to-handle", "TERM,USR1,USR2", "--forward-signals", "USR2,HUP,USR1"]
+    if variable:
+        error = refused(*given[:2], "x.py", PET_FORWARD_SIGNALS=given[3])
+    else:
+        error = refused(*given, "x.py")
+    assert str(error) == (
+        "--signals-to-handle and --forward-signals cannot both have SIGUSR1, SIGUSR2"
+    )
+    assert error.hint
+
+
+def test_one_of_the_ending_signals_can_be_passed_on_instead() -> None:
+    assert parsed("--forward-signals", "SIGHUP").signals_to_handle is None
 
 
 def test_an_unknown_flag_gets_a_suggestion() -> None:
@@ -423,6 +488,13 @@ def test_streams_and_filters_are_handed_on() -> None:
 
     made = job("-r", "10:3", "-t", "1", "--local-ranks-filter", "0,1", "--log-dir", "new")
     assert made.arguments["logs_specs"] == DefaultLogsSpecs("new", {10: Std.ALL}, Std.OUT, {0, 1})
+
+
+def test_what_watches_over_the_workers_is_handed_on() -> None:
+    made = job("--no-guardian", "--hang-timeout", "5", "--memory-sample-interval", "0")
+    names = ("guardian", "hang_timeout", "memory_sample_interval")
+    assert [made.arguments[name] for name in names] == [False, 5.0, 0.0]
+    assert [job().arguments[name] for name in names] == [True, None, 10.0]
 
 
 def test_binding_is_handed_on() -> None:

@@ -275,6 +275,10 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
         ("--local-ranks-filter a MARK", "--local-ranks-filter 'a'"),
         ("--logs-specs none-such MARK", "--logs-specs: no logs specs named 'none-such'"),
         ("--log-dir FILE MARK", "FILE"),
+        (
+            "--signals-to-handle TERM --forward-signals TERM MARK",
+            "--signals-to-handle and --forward-signals cannot both have SIGTERM",
+        ),
         ("missing.py", "local rank 0: no such script: 'missing.py'"),
         ("--no-python ./missing", "local rank 0: no such program: './missing'"),
         ("--no-python missing-program", "local rank 0: no such program on PATH: 'missing-program'"),
@@ -423,6 +427,26 @@ def test_ctrl_c_ends_us_even_where_it_is_not_on_the_list(script: Write) -> None:
     assert "Traceback" not in stderr
 
 
+def test_a_signal_can_be_passed_on_without_ending_anything(script: Write) -> None:
+    worker = script(
+        # A pipe: a signal that came before signal.pause() would be waited for in vain.
+        "seen, come = os.pipe()",
+        "def handle(number, frame):",
+        "    say('got', number)",
+        "    os.write(come, b'x')",
+        "signal.signal(signal.SIGUSR1, handle)",
+        "say('ready')",
+        "os.read(seen, 1)",
+        "say('goes on')",
+    )
+    with running("--nproc-per-node", 2, "--forward-signals", "SIGUSR1", worker) as process:
+        assert read_lines(process, 2) == [b"ready"] * 2
+        process.send_signal(signal.SIGUSR1)
+        status, lines, stderr = ended(process)
+    assert (status, stderr) == (0, "")
+    assert lines == [b"goes on"] * 2 + [b"got 10"] * 2
+
+
 SIGNALLED_AT_START = """
 import os, signal, sys
 import asupervise.procs
@@ -464,6 +488,33 @@ def test_what_failed_before_the_signal_is_reported_all_the_same(script: Write) -
         status, _, stderr = ended(process)
     assert status in (130, 143)
     assert re.search(r"rank +: 1 \(local_rank: 1\)", stderr)
+
+
+# --- what watches over the workers --------------------------------------------------------------
+
+
+def test_a_worker_that_hangs_ends_the_job(run_cli: Run) -> None:
+    done = run_cli("--hang-timeout", 1, "--no-python", "sleep", 600)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "hang: no output and no CPU use for " in said(done)
+    assert "Traceback" not in said(done)
+
+
+def commands_of_children(pid: int) -> list[bytes]:
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    pids = " ".join(path.read_text() for path in children).split()
+    return [Path(f"/proc/{child}/cmdline").read_bytes() for child in pids]
+
+
+@pytest.mark.parametrize(("flags", "guardians"), [([], 1), (["--no-guardian"], 0)])
+def test_the_guardian_can_be_done_without(script: Write, flags: list[str], guardians: int) -> None:
+    with running(*flags, script("say('ready')", "sys.stdin.read()")) as process:
+        assert read_lines(process, 1) == [b"ready"]
+        commands = commands_of_children(process.pid)
+        status, _, _ = ended(process)
+    assert status == 0
+    assert sum(b"worker.py" in command for command in commands) == 1
+    assert sum(b"asupervise-guardian" in command for command in commands) == guardians
 
 
 # --- plug-ins -----------------------------------------------------------------------------------

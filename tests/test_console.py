@@ -29,11 +29,11 @@ BIG = b"".join(b"[w0]:%07d %s\n" % (i, b"x" * 80) for i in range(5000))
 
 
 def whole(data: bytes) -> Framed:
-    return Framed(data, data, b"", unfinished=False)
+    return Framed(data, data, (), unfinished=False)
 
 
 def begun(resumed: bytes, fresh: bytes) -> Framed:
-    return Framed(resumed, fresh, b"", unfinished=True)
+    return Framed(resumed, fresh, (), unfinished=True)
 
 
 @pytest.fixture
@@ -359,12 +359,14 @@ async def test_another_ones_line_begins_on_a_line_of_its_own(
     console = Console(pipe.stream, threads)
     await put(console, begun(b"a?", b"[0]:a?"), owner=0)
     await put(console, whole(b"[1]:x\n"), owner=1)
-    await put(console, Framed(b"!\n", b"[0]:a?!\n", b"[0]:b\n", unfinished=False), owner=0)
+    await put(
+        console, Framed(b"!\n", b"[0]:a?!\n", (b"[0]:", b"b", b"\n"), unfinished=False), owner=0
+    )
     # All but the newline is there, and whoever came next has supplied that.
     await put(console, begun(b"c", b"[0]:c"), owner=0)
     await put(console, begun(b"d", b"[1]:d"), owner=1)
-    await put(console, Framed(b"\n", b"", b"", unfinished=False), owner=0)
-    await put(console, Framed(b"e\n", b"[1]:de\n", b"", unfinished=False), owner=1)
+    await put(console, Framed(b"\n", b"", (), unfinished=False), owner=0)
+    await put(console, Framed(b"e\n", b"[1]:de\n", (), unfinished=False), owner=1)
     wanted = b"[0]:a?\n[1]:x\n[0]:a?!\n[0]:b\n[0]:c\n[1]:de\n"
     assert await pipe.read(len(wanted)) == wanted
 

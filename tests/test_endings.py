@@ -1,4 +1,4 @@
-"""However a group ends, nothing of it is alive: endings x kinds of workers, all with real processes.
+"""However a group ends, nothing of it is alive: endings x kinds of workers, with real processes.
 
 Every process of a cell has the cell's marker in its command line (the odd number of seconds that
 its ``sleep`` takes), so that it is found whatever it did to its session, its parent or its
@@ -32,8 +32,9 @@ from asupervise import start_processes
 from tests.conftest import ROOT, clean_environment, describe, wait_gone
 from tests.workers import PYTHON, Channel
 
-# The promise: a second after the end nothing is alive.
-WITHIN_S = 1.0
+# The promise: a second after the end nothing is alive. A machine that has much more to do than it
+# can gets longer for the start of an interpreter, which is what this time is needed for.
+WITHIN_S = 1.0 if os.getloadavg()[0] < 1.5 * (os.cpu_count() or 1) else 3.0
 GRACE_S = 0.25
 # Ends that cost much at once (an interpreter's start each) happen so many at a time.
 AT_ONCE = 3
@@ -111,6 +112,8 @@ class Cell:
         self.go = f"{self.folder}/go"
         os.mkfifo(self.go)
         self._go = os.open(self.go, os.O_RDWR | os.O_CLOEXEC)
+        # Held while a supervisor that has a process of its own ends.
+        self.turn = asyncio.Semaphore(AT_ONCE)
         # What an ending has found to be left by itself.
         self.seen: list[str] = []
 
@@ -182,17 +185,18 @@ def processes_with(marker: str) -> list[int]:
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
-            with contextlib.suppress(OSError):
-                with open(f"/proc/{name}/cmdline", "rb") as file:
-                    if marker.encode() in file.read():
-                        found.append(int(name))
+            try:
+                words = Path(f"/proc/{name}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if marker.encode() in words:
+                found.append(int(name))
     return found
 
 
 # --- the endings --------------------------------------------------------------------------------
 
 Ending = Callable[[Cell], Awaitable[None]]
-_turn: asyncio.Semaphore
 
 
 async def _by_itself(cell: Cell) -> None:
@@ -233,10 +237,13 @@ async def _by_cancellation(cell: Cell) -> None:
 
 
 async def _by_exception(cell: Cell) -> None:
-    with pytest.raises(ZeroDivisionError):
+    async def use() -> None:
         async with start_processes(**cell.arguments()):
             await cell.ready()
             _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        await use()
 
 
 async def _by_the_loops_end(cell: Cell) -> None:
@@ -261,7 +268,7 @@ async def _command_line(cell: Cell) -> AsyncIterator[asyncio.subprocess.Process]
     )  # fmt: skip
     try:
         await cell.ready()
-        async with _turn:
+        async with cell.turn:
             yield process
             await process.wait()
     finally:
@@ -337,7 +344,7 @@ async def _by_the_hosts_end(cell: Cell) -> None:
     assert process.stdout is not None
     try:
         await cell.ready()
-        async with _turn:
+        async with cell.turn:
             if not how:
                 process.kill()
             process.stdin.write(b"\n")
@@ -381,8 +388,9 @@ def kinds_for(ending: str) -> list[str]:
         and not (name == "stopped" and ending == "success")
         # It is asked for nothing there.
         and not (name == "starts one at its end" and ending == "success")
-        # Its parent has left it before there was anything to end: as "wiped daemon".
-        and not (name == "wiped environment" and ending == "success")
+        # Its parent is gone before there is anything to end, as with a "wiped daemon": by itself,
+        # or because asyncio kills its children when their loop is thrown away.
+        and not (name == "wiped environment" and ending in ("success", "loop thrown away"))
     ]
 
 
@@ -429,8 +437,9 @@ def test_nothing_is_left(ending: str, tmp_path: Path, monkeypatch: pytest.Monkey
         return cell.seen or await asyncio.to_thread(cell.left, WITHIN_S)
 
     async def main(cells: list[Cell]) -> list[list[str]]:
-        global _turn
-        _turn = asyncio.Semaphore(AT_ONCE)
+        turn = asyncio.Semaphore(AT_ONCE)
+        for cell in cells:
+            cell.turn = turn
         return await asyncio.gather(*map(end, cells))
 
     with cells_of(ending, tmp_path) as cells:

@@ -56,7 +56,7 @@ def alone(framings: Iterable[Framed | None]) -> bytes:
     resumes = False
     for framed in framings:
         if framed is not None:
-            out += (framed.resumed if resumes else framed.fresh) + framed.rest
+            out += (framed.resumed if resumes else framed.fresh) + b"".join(framed.rest)
             resumes = framed.unfinished
     return out
 

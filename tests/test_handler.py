@@ -449,8 +449,7 @@ def test_abandoned_processes_hold_nothing(run: Runner, channel: Channel) -> None
         assert len(os.listdir("/proc/self/fd")) == files
         assert len(asyncio.all_tasks()) == 1
         assert exits == []
-        os.kill(child.pid, signal.SIGKILL)
-        await gone(child.pid)
+        await gone(child.pid)  # killed by asyncio when its transport was closed
         # The subprocess module would complain that it is still running.
         popen = child._process._transport.get_extra_info("subprocess")  # type: ignore[attr-defined]
         if popen is not None and hasattr(popen, "wait"):

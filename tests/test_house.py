@@ -80,7 +80,7 @@ ROOMS = {
     "stacks": room("_compat errors handler procfs worker", asynchronous=True),
     "diagnosis": room("_compat errors handler hang memory plan procfs stacks", asynchronous=True),
     "files": room("errors plan", asynchronous=True),
-    "collect": room("failures files handler plan", asynchronous=True),
+    "collect": room("_compat failures files handler plan", asynchronous=True),
     # Showing what it says.
     "console": room("framing", asynchronous=True),
     "tailing": room("console framing", others="aiofiles asyncinotify", asynchronous=True),

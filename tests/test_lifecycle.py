@@ -273,10 +273,12 @@ async def test_cancelling_close_does_not_stop_it(channel: Channel) -> None:
 
 async def test_the_child_of_a_dead_leader_is_ended(channel: Channel) -> None:
     """torch signals no group whose leader is dead, and leaves the rest of it alive."""
-    ctx = await start(channel, 'sh -c "echo ready 0 \\$\\$ > $CHANNEL; exec sleep 1000" & exit 3')
-    [child] = (await channel.pids(1)).values()
+    child = 'sh -c "echo ready 0 \\$\\$ > $CHANNEL; exec sleep 1000" & '
+    ctx = await start(channel, child + HELD + "exit 3")
+    [pid] = (await channel.pids(1)).values()
+    await channel.open_gate()
     assert codes(await ctx.wait()) == {0: 3}
-    await gone(child)
+    await gone(pid)
 
 
 async def test_a_stopped_worker_is_ended(channel: Channel) -> None:

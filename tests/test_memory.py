@@ -76,6 +76,9 @@ def test_cgroup_v2(tmp_path: Path) -> None:
     )
     folder = memory.memory_cgroup(7, root)
     assert folder == f"{root}/sys/fs/cgroup/a/b"
+    # The memory controller is not handed on to the cgroup below, and counts here.
+    written(tmp_path, {"proc/8/cgroup": "0::/a/b/c\n", "sys/fs/cgroup/a/b/c/cgroup.procs": ""})
+    assert memory.memory_cgroup(8, root) == folder
     assert memory.read_counts([folder], root) == OomCounts(
         {folder: MemoryGroup(folder, 2, LIMIT)}, 5
     )
@@ -133,7 +136,8 @@ def test_where_nothing_is_told(tmp_path: Path) -> None:
 
 def test_memory_of_a_process(tmp_path: Path) -> None:
     root = written(
-        tmp_path, {"proc/7/status": "Name:\tx VmRSS: 9\nVmHWM:\t    2048 kB\nVmRSS:\t 1024 kB\n"}
+        tmp_path,
+        {"proc/7/status": "Name:\tx VmRSS: 9\nVmHWM:\t    2048 kB\nVmRSS:\t 1024 kB\nRssAnon:\t"},
     )
     assert memory.memory_of(7, root) == memory.MemoryUse(MIB, 2 * MIB)
     ours = memory.memory_of("self")
@@ -308,6 +312,24 @@ def test_memory_is_told_only_of_those_who_were_killed() -> None:
     assert "memory" not in str(failed)
 
 
+async def test_who_is_ending_keeps_the_cgroup_that_it_was_in(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a zombie v1 says that it is in the topmost cgroup, where nothing is counted."""
+    async with start(channel, SLEEP, memory_sample_interval=0) as ctx:
+        pid = (await channel.pids(1))[0]
+        diagnosis = ctx._diagnosis
+        diagnosis._look_at_memory()
+        before = dict(diagnosis._cgroups)
+        assert list(before) == [pid]
+        os.kill(pid, signal.SIGKILL)
+        # Ended and not yet reaped: the loop has had no turn.
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        monkeypatch.setattr(memory, "cgroup_text", lambda pid: "4:memory:/\n0::/\n")
+        diagnosis._look_at_memory()
+        assert diagnosis._cgroups == before
+
+
 # --- the sampler --------------------------------------------------------------------------------
 
 
@@ -341,11 +363,7 @@ def timers() -> list[asyncio.TimerHandle]:
     return [timer for timer in loop._scheduled if not timer.cancelled()]
 
 
-async def test_no_look_at_memory_where_it_is_turned_off(
-    channel: Channel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Our own is looked up once, to tell a worker's peak from ours.
-    monkeypatch.setattr(memory, "memory_of", {"self": None}.__getitem__)
+async def test_no_look_at_memory_where_it_is_turned_off(channel: Channel) -> None:
     async with start(channel, SLEEP, memory_sample_interval=0, guardian=False) as ctx:
         await channel.lines(1)
         await asyncio.sleep(0.15)

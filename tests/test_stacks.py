@@ -22,7 +22,17 @@ from asupervise import start_processes as start_group
 from asupervise.collect import fatal_words
 from asupervise.procs import StartingProcesses
 from asupervise.stacks import Frame, group_equal, odd_one_out, parse_faulthandler, parse_py_spy
-from tests.workers import SLEEP, STUBBORN, Channel, gone, start, uvloop
+from tests.workers import (
+    RUNNERS,
+    SLEEP,
+    STUBBORN,
+    Channel,
+    by_uvloop,
+    gone,
+    is_alive,
+    start,
+    uvloop,
+)
 
 needs_py_spy = pytest.mark.skipif(
     stacks.find_py_spy() is None, reason="py-spy is not installed (extra `stacks`)"
@@ -216,6 +226,7 @@ def test_the_summary_has_the_innermost_frames_or_the_kernels_words() -> None:
     [
         (of(stack(0, "b"), stack(1, "a"), stack(2, "a")), 0),
         (of(stack(0, "a"), stack(1, "a"), stack(2)), 2),
+        (of(stack(0, "a", line=9), stack(1, "a"), stack(2, "a")), 0),
         # Now on this line of the loop and now on that.
         (of(stack(0, "a"), stack(1, "a", line=2), stack(2, "b"), stack(3, "a", line=3)), 2),
         (of(stack(0, "a"), stack(1, "b")), None),
@@ -291,6 +302,25 @@ async def test_an_unprepared_python_is_asked_by_py_spy(
         assert {stack.summary.startswith(WAITS) for stack in found.values()} == {True}
         assert "by py-spy" in file_of(ctx, 2)
     assert looked == ["py-spy"]
+
+
+@needs_py_spy
+@pytest.mark.parametrize("run", RUNNERS, ids=lambda run: run.__name__)
+def test_py_spy_is_nobodys_orphan(run: Any, tmp_path: Path, channel: Channel) -> None:
+    """As a subreaper we reap strangers, and end those that are left; uvloop allows none."""
+
+    async def main() -> None:
+        async with python(tmp_path, channel, "work()", 2, subreaper=run is not by_uvloop) as ctx:
+            pids = await channel.pids(2)
+            await asleep(pids)
+            for _ in range(3):
+                found = await ctx.dump_stacks()
+                if {stack.source for stack in found.values()} == {"/proc"}:
+                    pytest.skip("py-spy may not look at processes here (ptrace)")
+                assert [stack.source for stack in found.values()] == ["py-spy", "py-spy"]
+            assert len(ctx._cleanup.helpers) == 1 + 6
+
+    run(main)
 
 
 async def test_any_other_program_is_seen_through_the_kernel(channel: Channel) -> None:
@@ -419,8 +449,10 @@ async def test_a_py_spy_that_hangs_holds_nobody_up(
         found = await asyncio.wait_for(ctx.dump_stacks(), 5)
         assert {stack.source for stack in found.values()} == {"/proc"}
         assert len(found) == 6
-        for pid in map(int, pids.read_text().split()):
-            await asyncio.wait_for(gone(pid), 5)
+        # Killed and reaped by then, not some time later.
+        started = list(map(int, pids.read_text().split()))
+        assert started
+        assert not any(map(is_alive, started))
 
 
 async def test_a_py_spy_that_cannot_be_started(
@@ -455,7 +487,7 @@ async def test_who_ignores_the_grace_is_looked_at_before_the_kill(
 async def test_who_is_in_a_hurry_waits_for_no_stacks(
     arguments: tuple[int | None, float], channel: Channel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def dump(handlers: object) -> dict[int, Stack]:
+    async def dump(*_: object) -> dict[int, Stack]:
         pytest.fail("looked")
 
     monkeypatch.setattr(stacks, "dump", dump)

@@ -30,19 +30,30 @@ class Recorder:
         self.blocks = asyncio.Semaphore(4)
         self.broken: Exception | None = None
         self.data = b""
+        # True: much at once is written in a thread, as to a descriptor.
+        self.takes_streams = False
         self._unfinished_by: object = None
         self._written = asyncio.Event()
         self.admit = asyncio.Event()
         self.admit.set()
 
+    async def write_all(self, owner: object, framings: Iterator[Framed]) -> None:
+        assert self.turn.locked()
+        await self.admit.wait()
+        for framed in await asyncio.to_thread(list, framings):
+            self._add(owner, framed)
+
     async def write(self, owner: object, framed: Framed) -> None:
         assert self.turn.locked()
         await self.admit.wait()
+        self._add(owner, framed)
+
+    def _add(self, owner: object, framed: Framed) -> None:
         resumes = self._unfinished_by is owner
         if self._unfinished_by is not None and not resumes:
             self.data += b"\n"
         self._unfinished_by = owner if framed.unfinished else None
-        self.data += (framed.resumed if resumes else framed.fresh) + framed.rest
+        self.data += (framed.resumed if resumes else framed.fresh) + b"".join(framed.rest)
         self._written.set()
 
     async def until(self, holds: Callable[[bytes], bool]) -> None:
@@ -175,8 +186,10 @@ async def test_what_was_there_before_is_shown(log: Path, way: str) -> None:
         assert await files.finish() == b"[w0]:early\n[w0]:and late\n"
 
 
-async def test_stop_reads_to_the_end(log: Path, way: str) -> None:
+@pytest.mark.parametrize("much_at_once", [False, True])
+async def test_stop_reads_to_the_end(log: Path, way: str, much_at_once: bool) -> None:
     async with following() as files:
+        files.console.takes_streams = much_at_once
         files.follow(log)
         lines = [b"%06d\n" % number for number in range(200_000)]
         append(log, b"".join(lines))
@@ -435,42 +448,66 @@ async def test_a_prompt_interrupted_by_another_rank_comes_whole(
         assert await files.finish() == b"[w0]:name? \n[w1]:hello\n[w0]:name? Ada\n"
 
 
-async def test_a_progress_bar_is_shown_seldom(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tailing, "IDLE_S", 0.01)
+async def test_a_progress_bar_that_moves_is_shown_seldom(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tailing, "IDLE_S", CEILING_S)
     monkeypatch.setattr(tailing, "PROGRESS_S", 0.05)
     async with following() as files:
         files.follow(log)
-        shown = 0
-        for percent in range(0, 100, 2):
-            append(log, b"\r%d%%" % percent)
-            if percent == 20:
-                # One that moves without a pause is shown all the same, now and then.
-                await files.console.until_shown(b"[w0]:")
-        shown = files.console.data.count(b"[w0]:")
-        append(log, b"\r100%\n")
-        await files.console.until_shown(b"[w0]:100%\n")
-        assert shown < 25
+        percent = 0
+        with worker(log) as write:
+            while files.console.data.count(b"%") < 3:
+                percent += 1
+                write(b"\r%d%%" % percent)
+                await asyncio.sleep(0)
+            write(b"\rdone\n")
+        data = await files.finish()
+        assert data.endswith(b"[w0]:done\n")
+        assert data.count(b"[w0]:") == data.count(b"\n") == 4
+        assert percent > 4
+
+
+async def test_a_progress_bar_that_has_stopped_is_shown(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tailing, "IDLE_S", 0.05)
+    monkeypatch.setattr(tailing, "PROGRESS_S", CEILING_S)
+    async with following() as files:
+        files.follow(log)
+        append(log, b"\r1%\r2%")
+        await files.console.until_shown(b"[w0]:2%")
+        append(log, b"\r3%")
         await files.finish()
+        assert files.console.data == b"[w0]:2%\n[w0]:3%\n"
 
 
-async def test_a_long_line_is_not_cut_into(log: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("much_at_once", [False, True])
+async def test_a_long_line_is_not_cut_into(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, much_at_once: bool
+) -> None:
+    # However slow the machine is, these pieces come soon enough.
+    monkeypatch.setattr(tailing, "IDLE_S", CEILING_S)
+    monkeypatch.setattr(tailing, "BLOCK_BYTES", 1000)
     other = tmp_path / "other.log"
     other.touch()
     async with following() as files:
+        files.console.takes_streams = much_at_once
         files.max_held = 1000
         files.follow(log)
         files.follow(other, prefix=b"[w1]:")
+        pieces = [b"%d" % (piece % 10) * 1600 for piece in range(20)]
+        size = 0
         with worker(log) as write:
-            for piece in range(20):
-                write(b"%d" % (piece % 10) * 600)
+            for piece in pieces:
+                write(piece)
                 append(other, b"x\n")
-                await files.console.until(
-                    lambda data, size=600 * piece - 1000: data.count(b"[w0]:") * size >= 0  # type: ignore[misc]
-                )
+                size += len(piece)
+                await files.console.until(lambda data, due=size - 1000: len(data) >= due)  # type: ignore[misc]
             write(b"end\n")
             await files.console.until_shown(b"end\n")
         data = await files.finish()
-        assert PREFIX + b"".join(b"%d" % (p % 10) * 600 for p in range(20)) + b"end\n" in data
+        assert PREFIX + b"".join(pieces) + b"end\n" in data
         assert data.count(b"[w1]:x\n") == 20
 
 
@@ -534,20 +571,25 @@ async def test_nobody_reads_for_a_console_that_is_gone(log: Path) -> None:
             await asyncio.gather(*files.tasks.values())
 
 
-async def test_a_sideline_gets_every_byte(log: Path) -> None:
+@pytest.mark.parametrize("much_at_once", [False, True])
+async def test_a_sideline_gets_every_byte(log: Path, much_at_once: bool) -> None:
     class Sideline:
         def __init__(self) -> None:
             self.data = b""
             self.ends: list[int | None] = []
 
-        async def feed(self, data: bytes, fd: int) -> None:
-            os.fstat(fd)
-            self.data += data
+        def feed(self, data: bytes, fd: int) -> Callable[[], None]:
+            def work() -> None:
+                os.fstat(fd)
+                self.data += data
 
-        async def end(self, fd: int | None) -> None:
+            return work
+
+        def end(self, fd: int | None) -> None:
             self.ends.append(fd)
 
     async with following() as files:
+        files.console.takes_streams = much_at_once
         files.sideline = Sideline()
         files.max_held = 100
         files.follow(log)

@@ -6,12 +6,15 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from asupervise import memory, procfs, stacks
+from asupervise import memory, procfs
 from asupervise._compat import Exit
 from asupervise.handler import SubprocessHandler
-from asupervise.hang import HangDetector
+
+if TYPE_CHECKING:
+    from asupervise import stacks
+    from asupervise.hang import HangDetector
 
 # When workers are first looked at. Not at once: a group that is over sooner pays nothing.
 FIRST_LOOK_S: Final = 0.05
@@ -72,6 +75,8 @@ class Diagnosis:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(FIRST_LOOK_S, self._first_look)
         if self._hang_timeout_s is not None:
+            from asupervise.hang import HangDetector
+
             self._detector = HangDetector(
                 list(self._handlers.values()), self._hang_timeout_s, self._on_hang
             )
@@ -163,6 +168,9 @@ class Diagnosis:
         return {} if dumping.cancelled() else dumping.result()
 
     async def _dump(self) -> dict[int, stacks.Stack]:
+        # Here and below: most groups end without anybody asking where they are.
+        from asupervise import stacks
+
         found = await stacks.dump(list(self._handlers.values()), self._on_helper)
         now_s = time.monotonic()  # the clock of exits, unlike uvloop's own
         self._stacks.update({rank: (now_s, stack) for rank, stack in found.items()})
@@ -191,6 +199,8 @@ class Diagnosis:
             return
         # Who waits for somebody is silent, who is waited for may be busy: where all the others
         # are in the same place, the culprit is the one that is not; unless its heart beats.
+        from asupervise import stacks
+
         culprit = stacks.odd_one_out(found)
         if culprit is None or (culprit not in left and self._detector.beats(culprit)):
             culprit = min(left)

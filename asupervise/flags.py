@@ -354,7 +354,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag(
             "--memory-sample-interval",
             "How often to look at the workers' memory, which the report of a SIGKILL tells; "
-            "0: never (default: 10).",
+            "0: never (default: 30).",
             _seconds,
             "SECONDS",
             ours=True,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SHUTDOWN_TIMEOUT_S = 30.0
 # Seldom enough that 64 idle workers cost the supervisor a hundredth of a second a minute.
-DEFAULT_MEMORY_SAMPLE_INTERVAL_S = 10.0
+DEFAULT_MEMORY_SAMPLE_INTERVAL_S = 30.0
 _START_METHODS = ("spawn", "fork", "forkserver")
 
 

@@ -117,13 +117,13 @@ async def test_a_stopped_one_does_not_outlive_the_group(
 
 
 async def test_a_killed_one_is_reported_and_harms_nobody(channel: Channel) -> None:
+    go = f"{channel.path}.go"
+    os.mkfifo(go)
     ctx = await start(channel, READY + 'read line < "$CHANNEL.go"')
     await channel.lines(1)
     [guardian] = guardians()
     os.kill(guardian, signal.SIGKILL)
     await gone(guardian)
-    go = f"{channel.path}.go"
-    os.mkfifo(go)
     await asyncio.to_thread(Path(go).write_text, "go\n")
     result = await ctx.wait()
     assert result is not None

@@ -398,7 +398,9 @@ async def run(seed: int, numbers: range, parent: Path, out: Any) -> int:
         complaints = await play(round_, parent)
         if complaints:
             violations += 1
-            print(f"round {number} ({round_.ending}): replay: --seed {seed} --only {number}", file=out)
+            print(
+                f"round {number} ({round_.ending}): replay: --seed {seed} --only {number}", file=out
+            )
             for words in (f"{round_}", *complaints):
                 print(f"  {words}", file=out, flush=True)
         if count % 20 == 0:

@@ -79,9 +79,11 @@ for wish in WISHES:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     elif name == "daemon-at-end":
+
         def at_end(*_: object) -> None:
             fork_and("setsid", "fork")
             os._exit(0)
+
         signal.signal(signal.SIGTERM, at_end)
     elif name == "lines":
         lines(int(value))

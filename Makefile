@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 DEMO_ARGS := --nproc-per-node 4 --tee 3 examples/word_count.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch bench lint format system-packages clean
+.PHONY: help demo test test-torch chaos bench lint format system-packages clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ test: $(VENV)/.installed-test system-packages lint  ## lint, types and all tests
 
 test-torch: $(VENV)/.installed-torch  ## install torch, then run the tests that need it
 	$(PY) -m pytest -m torch tests/torch
+
+chaos: $(VENV)/.installed-test  ## random groups, faults and endings (SEED=n, ROUNDS=300; random and shown)
+	$(PY) tests/chaos/run.py $(if $(SEED),--seed $(SEED)) --rounds $(or $(ROUNDS),300)
 
 bench: $(VENV)/.installed  ## how fast it is, beside its limits (BENCH_ARGS=--help says what there is)
 	$(PY) -m benchmarks $(BENCH_ARGS)

@@ -27,8 +27,6 @@ if sys.platform == "win32":
     )
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from asupervise.binding import AffinityMode as AffinityMode
     from asupervise.binding import MemoryPolicy as MemoryPolicy
     from asupervise.binding import NumaOptions as NumaOptions
@@ -41,9 +39,7 @@ if TYPE_CHECKING:
     from asupervise.errors import RankMapError as RankMapError
     from asupervise.errors import SignalException as SignalException
     from asupervise.errors import SupervisorError as SupervisorError
-    from asupervise.failures import ChildFailedError as ChildFailedError
     from asupervise.failures import ProcessFailure as ProcessFailure
-    from asupervise.failures import RunProcsResult as RunProcsResult
     from asupervise.failures import root_cause as root_cause
     from asupervise.handler import SubprocessHandler as SubprocessHandler
     from asupervise.logs import DefaultLogsSpecs as DefaultLogsSpecs
@@ -56,6 +52,8 @@ if TYPE_CHECKING:
     from asupervise.procs import PContext as PContext
     from asupervise.procs import plan_processes as plan_processes
     from asupervise.procs import start_processes as start_processes
+    from asupervise.result import ChildFailedError as ChildFailedError
+    from asupervise.result import RunProcsResult as RunProcsResult
     from asupervise.signals import handle_signals as handle_signals
     from asupervise.stacks import Stack as Stack
     from asupervise.topology import Topology as Topology
@@ -67,7 +65,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AffinityMode": "binding",
     "BindingError": "errors",
-    "ChildFailedError": "failures",
+    "ChildFailedError": "result",
     "DefaultLogsSpecs": "logs",
     "ErrorHandler": "error_handler",
     "GroupPlan": "plan",
@@ -79,7 +77,7 @@ _HOMES = {
     "PContext": "procs",
     "ProcessFailure": "failures",
     "RankMapError": "errors",
-    "RunProcsResult": "failures",
+    "RunProcsResult": "result",
     "SignalException": "errors",
     "Std": "logs",
     "SubprocessHandler": "handler",
@@ -102,7 +100,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604
 
 
-def __getattr__(name: str) -> "Any":
+def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'asupervise' has no attribute {name!r}")

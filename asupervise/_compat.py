@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _HAS_WATCHERS = sys.version_info < (3, 14)
+_KILLED_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +307,18 @@ async def run_quietly(argv: tuple[str, ...], **options: Any) -> int:
     child = await spawn(argv, on_exit=on_exit, **options)
     try:
         await ended.wait()
-    finally:
+    except asyncio.CancelledError:
         if not exits:
             os.kill(child.pid, signal.SIGKILL)
+            await _reaped_or_abandoned(child, ended)
+        raise
     return exits[0].code
+
+
+async def _reaped_or_abandoned(child: Child, ended: asyncio.Event) -> None:
+    # The loop may be about to end: it must not do so with a descriptor of ours open.
+    try:
+        async with asyncio.timeout(_KILLED_S):
+            await ended.wait()
+    except (TimeoutError, asyncio.CancelledError):
+        child.abandon()  # and the caller's own cancellation goes on

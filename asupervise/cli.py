@@ -18,8 +18,8 @@ from asupervise.errors import SupervisorError
 from asupervise.options import LaunchOptions, UsageError, help_text, parse_options
 
 if TYPE_CHECKING:
-    from asupervise.failures import RunProcsResult
     from asupervise.job import Job
+    from asupervise.result import RunProcsResult
 
 __all__ = ["main"]
 
@@ -141,7 +141,7 @@ def _concluded(job: Job, result: RunProcsResult, received: Signals | None) -> in
 
 def _report(job: Job, result: RunProcsResult) -> None:
     from asupervise.error_handler import ERROR_FILE_VARIABLE, get_error_handler
-    from asupervise.failures import ChildFailedError
+    from asupervise.result import ChildFailedError
 
     error = ChildFailedError(job.title, result.failures)
     _say(str(error))

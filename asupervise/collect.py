@@ -13,9 +13,11 @@ from typing import Any
 
 from asupervise import files
 from asupervise._compat import Exit
-from asupervise.failures import ProcessFailure, RunProcsResult, read_error_file
+from asupervise.error_files import read_error_file
+from asupervise.failures import ProcessFailure
 from asupervise.handler import SubprocessHandler
 from asupervise.plan import GroupPlan
+from asupervise.result import RunProcsResult
 
 # faulthandler's words about a program of many threads are long.
 _STDERR_TAIL_BYTES = 256 * 1024

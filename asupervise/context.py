@@ -18,10 +18,10 @@ from asupervise import cgroups, collect, files, procfs
 from asupervise._compat import Exit
 from asupervise.cleanup import Cleanup, Survivor
 from asupervise.diagnosis import Diagnosis
-from asupervise.failures import RunProcsResult
 from asupervise.guardian import Guardian, guarded
 from asupervise.handler import SubprocessHandler
 from asupervise.plan import GroupPlan
+from asupervise.result import RunProcsResult
 from asupervise.shielding import finished_in_any_case, run_in_any_case
 from asupervise.spec import DEFAULT_SHUTDOWN_TIMEOUT_S, RunOptions, check_timeout, checked_signal
 from asupervise.subreaper import subreaping

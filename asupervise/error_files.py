@@ -1,4 +1,15 @@
-"""Reading the error file that a worker has left, without trusting it."""
+"""Reading the error file that a worker has left, without trusting it.
+
+The file that a worker leaves behind (``error.json``) has torch's format::
+
+    {"message": {"message": "ValueError: no such batch",
+                 "extraInfo": {"py_callstack": "Traceback ...",
+                               "timestamp": "1700000000",
+                               "timestamp_ns": "1700000000123456789"}}}
+
+``timestamp_ns`` is our addition: torch stamps in whole seconds, in which two ranks that fail
+together cannot be told apart.
+"""
 
 from __future__ import annotations
 

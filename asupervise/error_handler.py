@@ -128,7 +128,7 @@ class ErrorHandler:
                 over, with a line on stderr.
             error_code: the worker's exit code, noted in the copy unless it is 0.
         """
-        from asupervise.failures import read_error_file
+        from asupervise.error_files import read_error_file
 
         read = read_error_file(rootcause_error_file)
         if read is None or not read.data:

@@ -1,22 +1,11 @@
-"""What is known of a worker that failed, who failed first, and the report that says so.
+"""What is known of a worker that failed, and who failed first.
 
-Everything here is a value, made once the workers have ended. One function does I/O,
-`read_error_file`; `root_cause` and `failed_by_itself` decide, and are pure.
-
-The file that a worker leaves behind (``error.json``) has torch's format::
-
-    {"message": {"message": "ValueError: no such batch",
-                 "extraInfo": {"py_callstack": "Traceback ...",
-                               "timestamp": "1700000000",
-                               "timestamp_ns": "1700000000123456789"}}}
-
-``timestamp_ns`` is our addition: torch stamps in whole seconds, in which two ranks that fail
-together cannot be told apart.
+Everything here is a value, made once the workers have ended; `root_cause` and `failed_by_itself`
+decide, and are pure.
 """
 
 from __future__ import annotations
 
-import copyreg
 import math
 import signal
 import time
@@ -24,18 +13,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from asupervise.error_files import MAX_ERROR_FILE_BYTES, ErrorRecord, read_error_file
-from asupervise.errors import SupervisorError
+from asupervise.error_files import ErrorRecord, read_error_file
 
 __all__ = [
-    "MAX_ERROR_FILE_BYTES",
-    "ChildFailedError",
-    "ErrorRecord",
+    "NOT_AVAILABLE",
     "ProcessFailure",
-    "RunProcsResult",
     "exit_status",
     "failed_by_itself",
-    "read_error_file",
+    "in_order",
     "root_cause",
 ]
 
@@ -280,112 +265,3 @@ def exit_status(exitcode: int) -> int:
         (3, 143)
     """
     return 128 - exitcode if exitcode < 0 else exitcode
-
-
-# --- the result of a group -------------------------------------------------------------------
-
-
-@dataclass
-class RunProcsResult:
-    """How a group of workers on one node ended; every map is by local rank.
-
-    Attributes:
-        return_values: what each worker returned; None for a program.
-        failures: the workers that did not end with exit status 0; empty after success.
-        stdouts: the path of each worker's stdout file, where it was redirected.
-        stderrs: the path of each worker's stderr file, where it was redirected.
-        log_dir: the folder of this run's files, where it still exists.
-        warnings: what went wrong beside the workers, a sentence each.
-
-    Example:
-        >>> RunProcsResult(return_values={0: None, 1: None}).is_failed()
-        False
-    """
-
-    return_values: dict[int, Any] = field(default_factory=dict)
-    failures: dict[int, ProcessFailure] = field(default_factory=dict)
-    stdouts: dict[int, str] = field(default_factory=dict)
-    stderrs: dict[int, str] = field(default_factory=dict)
-    log_dir: str | None = field(default=None, kw_only=True)
-    warnings: tuple[str, ...] = field(default=(), kw_only=True)
-
-    def is_failed(self) -> bool:
-        """Whether any worker failed."""
-        return len(self.failures) > 0
-
-    @property
-    def root_cause(self) -> tuple[int, ProcessFailure] | None:
-        """The local rank that failed first of its own accord; see `root_cause`."""
-        return root_cause(self.failures)
-
-    def raise_for_failure(
-        self, name: str, *, global_ranks: Mapping[int, int] | None = None
-    ) -> None:
-        """Raise `ChildFailedError` where any worker failed, and do nothing otherwise.
-
-        Args:
-            name: of the program, for the report's title.
-            global_ranks: the global rank of each local rank; left out, they are the same.
-        """
-        if self.failures:
-            ranks = global_ranks or {}
-            raise ChildFailedError(
-                name, {ranks.get(local, local): failure for local, failure in self.failures.items()}
-            )
-
-
-# --- raised at the border --------------------------------------------------------------------
-
-
-class ChildFailedError(SupervisorError):
-    """Workers failed. Its text is the report: who failed, who was ended, and the root cause.
-
-    Raised out of a function under ``@record``, the error file of the first failure becomes that
-    of this process, so that whoever supervises this process sees the worker's own error.
-
-    Args:
-        name: of what was run, for the title.
-        failures: by global rank; not empty.
-
-    Raises:
-        AssertionError: there are no failures (torch's exception, too).
-
-    Example:
-        >>> failure = ProcessFailure(1, 4711, -11, "<N/A>", record=None)
-        >>> error = ChildFailedError("train.py", {1: failure})
-        >>> error.get_first_failure()[0], "(SIGSEGV)" in str(error)
-        (1, True)
-    """
-
-    def __init__(self, name: str, failures: Mapping[int, ProcessFailure]) -> None:
-        if not failures:
-            raise AssertionError("ChildFailedError needs at least one failure")
-        self.name = name
-        self.failures = dict(failures)
-        first = self.get_first_failure()[1]
-        super().__init__(self.format_msg(), local_rank=first.local_rank, pid=first.pid)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Without calling `__init__`, whose arguments are not `args`: a subclass may have others.
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, ranks={sorted(self.failures)})"
-
-    def get_first_failure(self) -> tuple[int, ProcessFailure]:
-        """The root cause: global rank and failure.
-
-        Where we ended all of them there is no root cause; then it is the first that ended.
-        """
-        return root_cause(self.failures) or in_order(self.failures)[0]
-
-    def format_msg(self, boarder_delim: str = "=", section_delim: str = "-") -> str:
-        """The report.
-
-        Args:
-            boarder_delim: the character above and below (spelt as torch spells it).
-            section_delim: the character between the sections.
-        """
-        from asupervise.report import format_report
-
-        return format_report(self.name, self.failures, boarder_delim, section_delim)

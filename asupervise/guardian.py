@@ -204,7 +204,11 @@ async def guarded(token: str, cgroup: str = "") -> AsyncIterator[Guardian]:
     """
     _hook_fork()
     guardian = Guardian(token, cgroup)
-    await guardian.start()
+    try:
+        await guardian.start()
+    except OSError as exc:
+        why = exc.strerror or str(exc)
+        raise OSError(exc.errno, f"cannot start the guardian: {why}") from exc
     try:
         yield guardian
     finally:

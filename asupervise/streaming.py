@@ -8,9 +8,9 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +24,9 @@ from asupervise.plan import GroupPlan, WorkerPlan
 from asupervise.tailing import BLOCK_BYTES, Tailer, Watches
 
 _THREADS = 4
+# A file is watched so long after its worker's start: a program takes longer to say something,
+# and one that is over by then is not worth a watch. (To close the last of them takes up to 10 ms.)
+_SOON_S = 0.01
 
 
 class Threads(ThreadPoolExecutor):
@@ -54,16 +57,18 @@ class Hub:
         self.consoles = Consoles(self.threads)
         self.watches = Watches(loop)
 
-    def close(self) -> None:
-        self.watches.close()
-        self.threads.close()
+    async def close(self) -> None:
+        try:
+            await self.watches.close(self.threads)
+        finally:
+            self.threads.close()
 
 
 _hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = weakref.WeakKeyDictionary()
 
 
-@contextmanager
-def shared_hub() -> Iterator[Hub]:
+@asynccontextmanager
+async def shared_hub() -> AsyncIterator[Hub]:
     """The running loop's hub: made by its first user, closed by its last."""
     loop = asyncio.get_running_loop()
     hub = _hubs.get(loop)
@@ -76,7 +81,7 @@ def shared_hub() -> Iterator[Hub]:
         hub.users -= 1
         if not hub.users:
             del _hubs[loop]
-            hub.close()
+            await hub.close()
 
 
 class FilteredLog:
@@ -173,10 +178,12 @@ class _Source:
 class LogStreams:
     """Streams the teed files of a group to the console; made by :func:`open_streams`."""
 
-    def __init__(self, hub: Hub, group: TaskGroup, stack: ExitStack, plan: GroupPlan) -> None:
+    def __init__(self, hub: Hub, group: TaskGroup, stack: AsyncExitStack, plan: GroupPlan) -> None:
         self._hub = hub
         self._group = group
         self._sources: dict[Tailer, _Source] = {}
+        self._new: list[Tailer] = []
+        self._soon: asyncio.TimerHandle | None = None
         self._warnings: list[str] = []
         self._streams: dict[str, _Stream] = {}
         logs = plan.logs
@@ -212,7 +219,15 @@ class LogStreams:
                 raise
             # A worker that has moved or removed its own file already.
             self._warn(path, exc)
-        else:
+            return
+        self._new.append(tailer)
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(_SOON_S, self._follow_new)
+
+    def _follow_new(self) -> None:
+        self._soon = None
+        new, self._new = self._new, []
+        for tailer in new:
             tailer.follow()
 
     def _tailer(self, path: str, source: _Source) -> Tailer:
@@ -266,6 +281,8 @@ class LogStreams:
 
     def stop(self) -> None:
         """Let every tailer end once it has shown all that is in its file now."""
+        if self._soon is not None:
+            self._soon.cancel()
         for tailer in list(self._sources):
             tailer.stop()
 
@@ -291,8 +308,8 @@ async def open_streams(plan: GroupPlan, warnings: list[str]) -> AsyncIterator[Lo
     Leaving the context waits until every tailer has shown all that there was.
     """
     failure: BaseException | None = None
-    with ExitStack() as stack:
-        hub = stack.enter_context(shared_hub())
+    async with AsyncExitStack() as stack:
+        hub = await stack.enter_async_context(shared_hub())
         async with anyio.create_task_group() as group:
             streams = LogStreams(hub, group, stack, plan)
             try:

@@ -156,9 +156,10 @@ class InotifyWatches:
             if not who.changed() or ended:
                 self.forget(who)
 
-    def close(self) -> None:
+    async def close(self, threads: Executor) -> None:
         self._loop.remove_reader(self._fd)
-        self._inotify.close()
+        # The kernel may take 10 ms, until nobody can be looking at the watches any more.
+        await asyncio.shield(self._loop.run_in_executor(threads, self._inotify.close))
 
 
 class PollWatches:
@@ -195,20 +196,16 @@ class Watches:
     """Inotify's watches, and the fallback for what they do not cover."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._polling = PollWatches(loop)
         self._inotify: InotifyWatches | None = None
-        if sys.platform == "linux":
-            try:
-                self._inotify = InotifyWatches(loop)
-            except OSError:
-                # EMFILE: fs.inotify.max_user_instances is used up by other programs.
-                pass
+        self._has_inotify = sys.platform == "linux"
 
     def arm(self, who: Watched) -> None:
-        """Call `who.changed()` once when its open file changes."""
+        """Call `who.changed()` when its open file changes, until that returns False."""
         try:
-            if self._inotify is not None:
-                self._inotify.arm(who)
+            if (inotify := self._opened()) is not None:
+                inotify.arm(who)
                 return
         except OSError:
             # ENOSPC: fs.inotify.max_user_watches is used up. Or there is no /proc.
@@ -218,8 +215,8 @@ class Watches:
     def arm_folder(self, who: Watched) -> None:
         """Likewise when something appears where it was opened."""
         try:
-            if self._inotify is not None:
-                self._inotify.arm_folder(who)
+            if (inotify := self._opened()) is not None:
+                inotify.arm_folder(who)
                 return
         except FileNotFoundError:
             # The folder itself is gone, with whoever would have made a file there.
@@ -228,15 +225,25 @@ class Watches:
             pass
         self._polling.arm(who)
 
+    def _opened(self) -> InotifyWatches | None:
+        # At its first use: a group that is over at once has none.
+        if self._inotify is None and self._has_inotify:
+            try:
+                self._inotify = InotifyWatches(self._loop)
+            except OSError:
+                # EMFILE: fs.inotify.max_user_instances is used up by other programs.
+                self._has_inotify = False
+        return self._inotify
+
     def forget(self, who: Watched) -> None:
         if self._inotify is not None:
             self._inotify.forget(who)
         self._polling.forget(who)
 
-    def close(self) -> None:
-        if self._inotify is not None:
-            self._inotify.close()
+    async def close(self, threads: Executor) -> None:
         self._polling.close()
+        if self._inotify is not None:
+            await self._inotify.close(threads)
 
 
 class Sideline(Protocol):
@@ -259,7 +266,8 @@ class Tailer:
     followed all the same, because the worker goes on writing to it; for a new one in its place
     `on_replaced` is called.
 
-    A tailer whose file nobody writes to costs no task and no thread.
+    A tailer whose file nobody writes to costs no task and no thread; one that :meth:`stop` ends
+    before :meth:`follow` has been called does its work all the same.
 
     Args:
         path: the file; it exists.

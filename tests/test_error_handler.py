@@ -17,14 +17,10 @@ from typing import Any
 import pytest
 
 from asupervise import error_handler
+from asupervise.error_files import MAX_ERROR_FILE_BYTES, ErrorRecord, read_error_file
 from asupervise.error_handler import ErrorHandler, get_error_handler, record
-from asupervise.failures import (
-    MAX_ERROR_FILE_BYTES,
-    ChildFailedError,
-    ErrorRecord,
-    ProcessFailure,
-    read_error_file,
-)
+from asupervise.failures import ProcessFailure
+from asupervise.result import ChildFailedError
 
 ROOT = Path(__file__).parents[1]
 
@@ -268,7 +264,7 @@ def test_a_worker_pays_for_no_heavy_import(tmp_path: Path) -> None:
 def test_a_nested_failure_is_passed_on(tmp_path: Path) -> None:
     body = """
         import pathlib
-        from asupervise.failures import ChildFailedError, ProcessFailure
+        from asupervise import ChildFailedError, ProcessFailure
         from asupervise.error_handler import ErrorHandler
 
         inner = pathlib.Path(__file__).with_name("inner.json")

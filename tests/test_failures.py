@@ -18,17 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asupervise import errors, failures
+from asupervise.error_files import ErrorRecord, read_error_file
 from asupervise.errors import SignalException, SupervisorError
-from asupervise.failures import (
-    ChildFailedError,
-    ErrorRecord,
-    ProcessFailure,
-    RunProcsResult,
-    exit_status,
-    failed_by_itself,
-    read_error_file,
-    root_cause,
-)
+from asupervise.failures import ProcessFailure, exit_status, failed_by_itself, root_cause
+from asupervise.result import ChildFailedError, RunProcsResult
 
 STAMP_S = 1_700_000_000
 

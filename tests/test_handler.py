@@ -32,6 +32,7 @@ from tests.workers import (
     gone,
     is_alive,
     settle,
+    stopped,
     uvloop,
 )
 
@@ -282,6 +283,7 @@ async def test_one_that_is_stopped_is_continued_to_end(channel: Channel) -> None
     handler = await begin(SLEEP, channel)
     await channel.lines(1)
     handler.send_signal(signal.SIGSTOP)
+    stopped(handler.pid)
     assert handler.close()
     assert await ended(handler) == -15
 
@@ -480,6 +482,18 @@ def test_a_short_command_is_killed_when_nobody_waits_for_it(run: Runner, channel
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
-        await gone(pid)
+        assert not is_alive(pid)
 
     run(main)
+
+
+@every_loop
+def test_a_short_command_does_not_outlive_the_loop(run: Runner, channel: Channel) -> None:
+    async def main() -> int:
+        env = {**os.environ, "RANK": "0", "CHANNEL": str(channel.path)}
+        running.append(asyncio.create_task(run_quietly(("/bin/sh", "-c", STUBBORN), env=env)))
+        [pid] = (await channel.pids(1)).values()
+        return pid
+
+    running: list[asyncio.Task[int]] = []
+    assert not is_alive(run(main))

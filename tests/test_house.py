@@ -52,59 +52,59 @@ ROOMS = {
     "errors": room(),
     "framing": room(),
     "procfs": room(),
-    "failures": room("errors"),
-    "error_handler": room(lazily="failures worker"),
+    "cgroups": room("procfs"),
+    "failures": room("error_files"),
+    "report": room("error_files failures"),
+    "result": room("errors failures report"),
+    "error_handler": room(lazily="error_files worker"),
+    "error_files": room(),
     "worker": room(),
     # Looking at the machine.
-    "cpus": room("errors"),
-    "gpus": room("errors", others="pynvml"),
-    "topology": room("cpus errors gpus"),
+    "cpus": room(),
+    "gpus": room(others="pynvml"),
+    "topology": room("errors gpus"),
     # Deciding what to start: no event loop.
-    "environ": room("errors"),
+    "environ": room(),
     "logs": room("errors"),
     "affinity": room("topology"),
     "placement": room("affinity errors topology"),
     "binding": room("affinity errors placement topology"),
     "spec": room("errors logs", lazily="binding"),
-    "plan": room("environ errors logs spec worker", lazily="binding"),
+    "plan": room("logs spec worker", lazily="binding"),
     "binder": room("errors spec", lazily="_compat binding topology", asynchronous=True),
     # Starting it, watching it, ending it.
     "_compat": room(asynchronous=True),
     "shielding": room(others="anyio", asynchronous=True),
-    "handler": room("_compat errors plan procfs", asynchronous=True),
-    "cleanup": room("errors handler procfs", others="anyio psutil", asynchronous=True),
-    "guardian": room("_compat errors procfs shielding", lazily="cleanup", asynchronous=True),
-    "subreaper": room("errors procfs", asynchronous=True),
-    "hang": room("errors handler procfs worker", asynchronous=True),
-    "memory": room("errors handler procfs", others="psutil", asynchronous=True),
-    "stacks": room("_compat errors handler procfs worker", asynchronous=True),
-    "diagnosis": room("_compat errors handler hang memory plan procfs stacks", asynchronous=True),
-    "files": room("errors plan", asynchronous=True),
-    "collect": room("_compat failures files handler plan", asynchronous=True),
+    "handler": room("_compat plan procfs", asynchronous=True),
+    "cleanup": room("cgroups handler procfs", asynchronous=True),
+    "guardian": room("_compat shielding", lazily="cgroups cleanup", asynchronous=True),
+    "subreaper": room("procfs", asynchronous=True),
+    "hang": room("handler procfs worker", asynchronous=True),
+    "memory": room("procfs", others="psutil", asynchronous=True),
+    "stacks": room("_compat handler procfs worker", asynchronous=True),
+    "diagnosis": room("_compat handler memory procfs", lazily="hang stacks", asynchronous=True),
+    "files": room("plan", asynchronous=True),
+    "collect": room("_compat error_files failures files handler plan result", asynchronous=True),
     # Showing what it says.
     "console": room("framing", asynchronous=True),
     "tailing": room("console framing", others="aiofiles asyncinotify", asynchronous=True),
     "streaming": room("console framing plan tailing", others="anyio", asynchronous=True),
     # One group on one node.
     "context": room(
-        "_compat cleanup collect errors failures files guardian handler plan procfs shielding spec"
-        " subreaper",
-        lazily="binding diagnosis streaming",
-        others="anyio",
+        "_compat cgroups cleanup collect diagnosis files guardian handler plan procfs result shielding spec subreaper",
+        lazily="stacks streaming",
         asynchronous=True,
     ),
-    "procs": room(
-        "binder context errors failures files logs plan spec", lazily="binding", asynchronous=True
-    ),
+    "procs": room("binder context files logs plan spec", lazily="binding"),
     # The command line. What it does not need to say "usage: ..." it imports when it does.
     "flags": room(),
     "options": room("errors flags"),
-    "job": room("cpus environ errors options", lazily="binding logs procs topology"),
-    "dryrun": room("errors job options plan", lazily="binding topology"),
-    "signals": room("errors", lazily="context procs", asynchronous=True),
+    "job": room("cpus environ options", lazily="binding logs procs topology"),
+    "dryrun": room("job plan", lazily="binding"),
+    "signals": room(lazily="procs", asynchronous=True),
     "cli": room(
         "errors options",
-        lazily="dryrun error_handler failures job procs signals",
+        lazily="dryrun error_handler failures job procs result signals",
         asynchronous=True,
     ),
     "__main__": room("cli"),
@@ -113,10 +113,10 @@ ROOMS = {
 }
 
 # `from asupervise import record` in a worker, however many workers there are.
-WORKER_SIDE = ("errors", "failures", "error_handler", "worker")
+WORKER_SIDE = ("errors", "error_files", "failures", "error_handler", "worker")
 HEAVY = {"anyio", "aiofiles", "argparse", "asyncio", "asyncinotify", "psutil", "subprocess"}
 # Decisions only: they take what was read, and return what is to be done.
-PURE = ("errors", "framing", "affinity", "placement", "binding")
+PURE = ("errors", "framing", "report", "affinity", "placement", "binding")
 COMMAND_LINE = ("flags", "options", "job", "dryrun", "cli", "__main__")
 # What an application must ask for by name.
 ASKED_FOR = ("signals", "subreaper")

@@ -16,9 +16,10 @@ from typing import Any
 import anyio
 import pytest
 
-from asupervise import RunProcsResult, start_processes
+from asupervise import DefaultLogsSpecs, RunProcsResult, Std, start_processes
 from asupervise._compat import Exit
 from asupervise.handler import SubprocessHandler
+from asupervise.plan import WorkerPlan
 from asupervise.shielding import run_in_any_case
 from tests.workers import (
     HELD,
@@ -34,6 +35,7 @@ from tests.workers import (
     is_alive,
     settle,
     start,
+    stopped,
     uvloop,
 )
 
@@ -165,8 +167,6 @@ async def test_an_exit_is_learnt_from_the_process_not_from_its_pipes(
         exits.append(exit)
         ended.set()
 
-    from asupervise.plan import WorkerPlan
-
     plan = WorkerPlan(0, ("/bin/sh", "-c", child + READY), {"CHANNEL": str(channel.path)})
     handler = await SubprocessHandler.start(plan, os.environ, on_exit=on_exit)
     await ended.wait()
@@ -285,6 +285,7 @@ async def test_a_stopped_worker_is_ended(channel: Channel) -> None:
     ctx = await start(channel, SLEEP)
     await channel.lines(1)
     ctx.send_signal(signal.SIGSTOP)
+    stopped(ctx.pids()[0])
     await ctx.close(timeout=1000)
     assert codes(await ctx.wait()) == {0: -15}
 
@@ -353,8 +354,21 @@ async def test_leaving_the_block_by_a_timeout_ends_all(channel: Channel) -> None
 
 
 @pytest.mark.parametrize("inside", [True, False])
-async def test_leaving_the_block_by_an_anyio_scope_ends_all(inside: bool, channel: Channel) -> None:
-    """anyio cancels every await within its scope anew, those of the cleanup as well."""
+async def test_leaving_the_block_by_an_anyio_scope_ends_all(
+    inside: bool, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """anyio cancels every await within its scope anew, those of the cleanup as well.
+
+    Who only bears that is woken in every turn of the loop.
+    """
+    waits: list[object] = []
+    wait = asyncio.wait
+
+    async def counted(tasks: Any, **options: Any) -> Any:
+        waits.append(tasks)
+        return await wait(tasks, **options)
+
+    monkeypatch.setattr(asyncio, "wait", counted)
     pids: dict[int, int] = {}
     with anyio.CancelScope() as scope:
         async with start(channel, STUBBORN, SLEEP, shutdown_timeout=0.05) as ctx:
@@ -364,6 +378,7 @@ async def test_leaving_the_block_by_an_anyio_scope_ends_all(inside: bool, channe
                 await ctx.wait()
     assert scope.cancel_called
     assert not any(map(is_alive, pids.values()))
+    assert len(waits) < 50
 
 
 async def test_in_an_anyio_task_group_that_is_cancelled(channel: Channel) -> None:
@@ -472,6 +487,26 @@ def test_asyncio_run_ends_by_an_exception(run: Runner, channel: Channel) -> None
 
     with pytest.raises(ZeroDivisionError):
         run(main)
+    assert not any(map(is_alive, pids.values()))
+
+
+@every_loop
+def test_with_teed_logs_as_well(run: Runner, channel: Channel) -> None:
+    """The tailers are tasks of a task group, and `asyncio.run` cancels those, too."""
+    pids: dict[int, int] = {}
+
+    async def main() -> None:
+        logs = DefaultLogsSpecs(tee=Std.ALL)
+        async with start(channel, "echo x; " + SLEEP, STUBBORN, logs_specs=logs) as ctx:
+            pids.update(await channel.pids(2))
+            await ctx.close(timeout=0.05)
+        with pytest.raises(FileNotFoundError):
+            await start_processes("t", str(bad), {0: (), 1: ()}, {0: {}, 1: {}}, logs)
+        await start(channel, "echo x; " + SLEEP, STUBBORN, logs_specs=logs, shutdown_timeout=0.05)
+        pids.update({10 + rank: pid for rank, pid in (await channel.pids(2)).items()})
+
+    bad = cannot_start(channel.path.parent)
+    run(main)
     assert not any(map(is_alive, pids.values()))
 
 
@@ -599,8 +634,6 @@ def test_groups_in_two_loops_at_once(tmp_path: Path) -> None:
 
 @every_loop
 def test_no_descriptor_is_lost_in_200_rounds(run: Runner, tmp_path: Path) -> None:
-    from asupervise import DefaultLogsSpecs, Std
-
     async def main() -> None:
         for number in range(201):
             logs = DefaultLogsSpecs(str(tmp_path), redirects=Std.ALL) if number % 20 else None

@@ -128,7 +128,7 @@ async def following() -> AsyncIterator[Following]:
             await asyncio.gather(*files.tasks.values(), return_exceptions=True)
             for tailer in files.tailers:
                 tailer.close()
-            watches.close()
+            await watches.close(threads)
 
 
 def refuse(*_: object, **__: object) -> Any:
@@ -637,7 +637,8 @@ class Waiter:
 async def inotify() -> AsyncIterator[InotifyWatches]:
     watches = InotifyWatches(asyncio.get_running_loop())
     yield watches
-    watches.close()
+    with ThreadPoolExecutor(1) as threads:
+        await watches.close(threads)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -158,5 +157,6 @@ async def gone(pid: int) -> None:
         os.close(pidfd)
 
 
-def signalled(code: int) -> str:
-    return signal.Signals(-code).name
+def stopped(pid: int) -> None:
+    """Wait until a child of ours has been stopped: of pending signals the lower comes first."""
+    os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)

@@ -233,9 +233,10 @@ async def by_signal_to_cli(round_: Round) -> None:
     )
     argv = [
         sys.executable, "-m", "asupervise", "--nproc-per-node", str(len(round_.ranks)),
-        "--log-dir", f"{round_.folder}/logs", "--redirects", "3", "--tee", "1" if round_.tee else "0",
+        "--log-dir", f"{round_.folder}/logs", "--redirects", "3",
+        "--tee", "1" if round_.tee else "0",
         "--shutdown-timeout", str(round_.grace_s), "--no-python", "sh", "-c", script,
-    ]  # fmt: skip  # noqa: E501
+    ]  # fmt: skip
     await _supervisor(round_, argv, "", round_.ending)
 
 

@@ -17,13 +17,10 @@ torch_errors = pytest.importorskip(
     reason="needs torch: `make test-torch` installs it",
 )
 
+from asupervise.error_files import read_error_file  # noqa: E402
 from asupervise.error_handler import ErrorHandler, record  # noqa: E402
-from asupervise.failures import (  # noqa: E402
-    ChildFailedError,
-    ProcessFailure,
-    read_error_file,
-    root_cause,
-)
+from asupervise.failures import ProcessFailure, root_cause  # noqa: E402
+from asupervise.result import ChildFailedError  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

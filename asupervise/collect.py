@@ -77,6 +77,8 @@ async def result_of(
         details_of: further fields of a worker's failure; called in the thread.
         hung: the local ranks that have failed however they took our signal.
     """
+    if warning := files.full_disk_warning(plan):
+        warnings = [*warnings, warning]
     failed = [
         handler
         for rank, handler in sorted(handlers.items())

@@ -54,8 +54,9 @@ class Screen:
 class Console:
     """A destination of lines: a terminal, a pipe, a file, or any object with ``write(str)``.
 
-    Bytes that are not UTF-8 pass unharmed where the stream has a byte layer, and as escapes
-    (``\\xff``) where it takes text alone (a notebook's stream, ``io.StringIO``).
+    Bytes that are not UTF-8 pass unharmed to a descriptor, and as escapes (``\\xff``) to what
+    is read as text: ``io.StringIO``, a notebook's stream, pytest's `capsys` (which breaks off the
+    whole run where its memory holds anything else).
 
     Args:
         stream: as ``sys.stdout``; None, as that may be, takes nothing.
@@ -145,13 +146,11 @@ class Console:
             taken = self._write_at_once(parts) if self._empty_pipe_takes else 0
             if left := _without_first(parts, taken):
                 await self._write_patiently(self._fd, iter([left]))
-        elif not _has_byte_layer(stream):
-            await self._write_text(self._decoder.decode(b"".join(parts)))
-        elif _descriptor_below(stream) is None:
-            _write_to_buffer(stream, b"".join(parts))
-        else:
+        elif _has_byte_layer(stream) and _descriptor_below(stream) is not None:
             # Compressed, a socket: something of its own stands between the stream and its file.
             await self._in_thread(_write_to_buffer, stream, b"".join(parts))
+        else:
+            await self._write_text(self._decoder.decode(b"".join(parts)))
 
     async def _in_thread(self, call: Callable[..., object], *args: object) -> None:
         await asyncio.get_running_loop().run_in_executor(self._executor, call, *args)
@@ -186,8 +185,8 @@ class Console:
             raise
 
     async def _write_text(self, text: str) -> None:
-        # An object of the host's own. It is called in this thread, because it may tell by it
-        # which cell of a notebook is meant, or not be made for several; where it has a
+        # Memory, or an object of the host's own. It is called in this thread, because it may tell
+        # by it which cell of a notebook is meant, or not be made for several; where it has a
         # descriptor it is asked for no more than that takes without waiting.
         fd = _descriptor_below(self._stream)
         size = len(text) if fd is None else select.PIPE_BUF // 4

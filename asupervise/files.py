@@ -113,6 +113,20 @@ def _remove_empty(plan: GroupPlan) -> bool:
     return True
 
 
+def full_disk_warning(plan: GroupPlan) -> str | None:
+    """A sentence, if the disk that the logs are on has no space left for them."""
+    logged = [w for w in plan.workers if w.stdout or w.stderr]
+    if not logged or not plan.logs.run_dir:
+        return None
+    try:
+        disk = os.statvfs(plan.logs.run_dir)
+    except OSError:
+        return None
+    if disk.f_bavail > 0 or disk.f_blocks == 0:
+        return None
+    return f"{plan.logs.run_dir}: no space is left on this disk: logs may be cut short"
+
+
 def read_tail(path: str, limit_bytes: int) -> str:
     """The last lines of a regular file, at most `limit_bytes` of it; "" if it cannot be read."""
     try:

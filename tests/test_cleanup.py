@@ -343,6 +343,7 @@ async def test_a_log_disk_that_fills_up(tee: Std, small_disk: Path) -> None:
         result = await ctx.wait()
     assert codes(result)[0] == 28  # ENOSPC
     assert result is not None
+    assert any("no space is left" in warning for warning in result.warnings)
     assert result.root_cause is not None
     assert result.root_cause[0] == 0
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asupervise import errors, failures
+from asupervise import error_files, errors, failures
 from asupervise.error_files import ErrorRecord, read_error_file
 from asupervise.errors import SignalException, SupervisorError
 from asupervise.failures import ProcessFailure, exit_status, failed_by_itself, root_cause
@@ -174,10 +174,10 @@ def test_what_is_left_of_a_truncated_file_is_shown(file: Path) -> None:
 
 
 def test_a_huge_file_is_not_read_in_full(file: Path) -> None:
-    data = torch_record("x" * 3 * failures.MAX_ERROR_FILE_BYTES, timestamp=str(STAMP_S))
+    data = torch_record("x" * 3 * error_files.MAX_ERROR_FILE_BYTES, timestamp=str(STAMP_S))
     record = read(write(file, data, mtime_s=STAMP_S + 0.5))
     assert "larger than 1 MiB" in record.note
-    assert 1_000_000 < len(record.traceback) <= failures.MAX_ERROR_FILE_BYTES
+    assert 1_000_000 < len(record.traceback) <= error_files.MAX_ERROR_FILE_BYTES
     assert record.timestamp == STAMP_S + 0.5
     assert len(str(ChildFailedError("job", {0: failure(record=record)}))) < 20_000
 

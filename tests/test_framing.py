@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import io
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TextIO
 
 import pytest
 from hypothesis import example, given, settings
@@ -195,10 +196,8 @@ def on_one_console(
     """What is on a real console, when owners feed their chunks in the order of `steps`."""
     framers = [LineFramer(b"[%d]:" % owner, **options) for owner in range(OWNERS)]
     left = [list(pieces) for pieces in chunks]
-    memory = io.BytesIO()
-    stream = io.TextIOWrapper(memory, encoding="utf-8")
 
-    async def write() -> None:
+    async def write(stream: TextIO) -> None:
         with ThreadPoolExecutor(1) as threads:
             console = Console(stream, threads)
 
@@ -217,8 +216,10 @@ def on_one_console(
                     await show(owner, framer.feed(piece))
                 await show(owner, framer.end())
 
-    asyncio.run(write())
-    return memory.getvalue()
+    with open(os.memfd_create("console"), "w+") as stream:
+        asyncio.run(write(stream))
+        stream.seek(0)
+        return stream.buffer.read()
 
 
 three = st.tuples(*[chunked()] * OWNERS)

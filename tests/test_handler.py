@@ -479,6 +479,7 @@ def test_a_short_command_is_killed_when_nobody_waits_for_it(run: Runner, channel
         env = {**os.environ, "RANK": "0", "CHANNEL": str(channel.path)}
         running = asyncio.create_task(run_quietly(("/bin/sh", "-c", STUBBORN), env=env))
         [pid] = (await channel.pids(1)).values()
+        await settle()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
@@ -493,6 +494,7 @@ def test_a_short_command_does_not_outlive_the_loop(run: Runner, channel: Channel
         env = {**os.environ, "RANK": "0", "CHANNEL": str(channel.path)}
         running.append(asyncio.create_task(run_quietly(("/bin/sh", "-c", STUBBORN), env=env)))
         [pid] = (await channel.pids(1)).values()
+        await settle()
         return pid
 
     running: list[asyncio.Task[int]] = []

@@ -91,7 +91,8 @@ ROOMS = {
     "streaming": room("console framing plan tailing", others="anyio", asynchronous=True),
     # One group on one node.
     "context": room(
-        "_compat cgroups cleanup collect diagnosis files guardian handler plan procfs result shielding spec subreaper",
+        "_compat cgroups cleanup collect diagnosis files guardian"
+        " handler plan procfs result shielding spec subreaper",
         lazily="stacks streaming",
         asynchronous=True,
     ),

@@ -510,16 +510,19 @@ def test_with_teed_logs_as_well(run: Runner, channel: Channel) -> None:
     assert not any(map(is_alive, pids.values()))
 
 
-def test_asyncio_run_ends_while_it_starts(channel: Channel) -> None:
+@every_loop
+@pytest.mark.parametrize("after", range(1, 8))
+def test_asyncio_run_ends_while_it_starts(run: Runner, after: int, channel: Channel) -> None:
     async def main() -> None:
         starting = asyncio.ensure_future(start_it())
-        await settle()
+        for _ in range(after):
+            await asyncio.sleep(0)
         assert not starting.done()
 
     async def start_it() -> None:
         await start(channel, *[SLEEP] * 50)
 
-    by_asyncio(main)
+    run(main)
 
 
 async def test_work_that_is_cancelled_itself_is_begun_anew() -> None:

@@ -21,10 +21,12 @@ import signal
 import sys
 import threading
 import time
-import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
 
 _HAS_WATCHERS = sys.version_info < (3, 14)
 _KILLED_S = 2.0
@@ -196,42 +198,106 @@ if _HAS_WATCHERS:
 _policy_locks: dict[int, threading.Lock] = {}
 
 
-def _first_step(coro: Coroutine[Any, Any, Any], watcher: _ReapingWatcher) -> Any:
+@contextmanager
+def _watching_with(watcher: _ReapingWatcher | None) -> Iterator[None]:
+    """For one synchronous step, asyncio has its children watched by `watcher`."""
+    if watcher is None:
+        yield
+        return
     with _policy_locks.setdefault(os.getpid(), threading.Lock()):
         host = asyncio.get_event_loop_policy()
         asyncio.set_event_loop_policy(_WatcherPolicy(host, watcher))
         try:
-            return coro.send(None)
+            yield
         finally:
             asyncio.set_event_loop_policy(host)
 
 
-@types.coroutine
-def _started_with(
-    coro: Coroutine[Any, Any, Any], watcher: _ReapingWatcher
-) -> Generator[Any, Any, Any]:
-    """``await coro``, with `watcher` in place during its first synchronous step only."""
+@contextmanager
+def _tasks_run_at_once(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """For one synchronous step, what asyncio makes a task of is run on the spot.
+
+    asyncio leaves the connecting of a child's pipes to a task, and waits for that, also where
+    there are none. Should ``asyncio.run`` end just then, it cancels that task, and asyncio waits
+    for ever (seen on 3.11 to 3.13). Without the task a start is one step that nothing interrupts.
+    """
+    if not isinstance(loop, asyncio.BaseEventLoop):
+        yield
+        return
+    factory = loop.get_task_factory()
+    loop.set_task_factory(_run_at_once)  # type: ignore[arg-type]
     try:
-        yielded = _first_step(coro, watcher)
-        while True:
-            try:
-                sent = yield yielded
-            except GeneratorExit:
-                coro.close()
-                raise
-            except BaseException as exc:
-                yielded = coro.throw(exc)
-            else:
-                yielded = coro.send(sent)
+        yield
+    finally:
+        loop.set_task_factory(factory)
+
+
+class _Finished(asyncio.Future[None]):
+    """In the place of a task that has nothing left to do."""
+
+    def set_name(self, name: object) -> None:
+        pass  # what else asyncio asks of a task (3.13)
+
+
+def _run_at_once(
+    loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, None], **_: Any
+) -> _Finished:
+    done = _Finished(loop=loop)
+    try:
+        coro.send(None)
+    except StopIteration:
+        done.set_result(None)
+        return done
+    coro.close()
+    raise RuntimeError("pipes are not supported")
+
+
+async def _uninterrupted(coro: Coroutine[Any, Any, T], watcher: _ReapingWatcher | None) -> T:
+    """``await coro``; a cancellation meanwhile takes effect at the caller's next await.
+
+    Otherwise a process would be there that nobody has been told of.
+    """
+    cancelled = False
+    with _tasks_run_at_once(asyncio.get_running_loop()), _watching_with(watcher):
+        waited, result = _step(coro)
+    while waited is not None:
+        cancelled = await _done(waited) or cancelled
+        waited, result = _step(coro)
+    if cancelled and (task := asyncio.current_task()) is not None:
+        task.uncancel()
+        task.cancel()
+    return cast(T, result)
+
+
+def _step(coro: Coroutine[Any, Any, T]) -> tuple[asyncio.Future[Any] | None, T | None]:
+    """Run `coro` up to its next wait: the future that it waits for, or its result."""
+    try:
+        waited: asyncio.Future[Any] = coro.send(None)
     except StopIteration as stop:
-        return stop.value
+        return None, stop.value
+    # The protocol between futures and tasks (asyncio.isfuture): the wait has been seen to.
+    waited._asyncio_future_blocking = False
+    return waited, None
+
+
+async def _done(future: asyncio.Future[Any]) -> bool:
+    """Wait for `future`; returns whether this was cancelled meanwhile."""
+    done, cancelled = asyncio.Event(), False
+    future.add_done_callback(lambda _: done.set())
+    while not done.is_set():
+        try:
+            await done.wait()
+        except asyncio.CancelledError:
+            cancelled = True
+    return cancelled
 
 
 async def spawn(argv: tuple[str, ...], *, on_exit: ExitCallback, **options: Any) -> Child:
     """Start a process with ``asyncio.create_subprocess_exec``; `on_exit` is called once, in
     the loop, when it has ended and is reaped. No thread is used, however many children.
 
-    Where this is cancelled, the process is killed.
+    Not interrupted by a cancellation, which takes effect at the caller's next await. It may not
+    suspend at all: who starts many gives others a turn.
 
     Args:
         argv: program and arguments.
@@ -242,50 +308,43 @@ async def spawn(argv: tuple[str, ...], *, on_exit: ExitCallback, **options: Any)
         OSError: if the program cannot be started.
     """
     loop = asyncio.get_running_loop()
-    start = asyncio.create_subprocess_exec(*argv, **options)
-    if _HAS_WATCHERS and _waits_by_watcher(loop):
-        watcher = _ReapingWatcher(loop, on_exit)
-        process: asyncio.subprocess.Process = await _started_with(start, watcher)
-        if watcher.was_asked:
-            return Child(process, watcher.stop)
-    else:
-        process = await start
+    watcher = _ReapingWatcher(loop, on_exit) if _asks_for_a_watcher(loop) else None
+    process = await _uninterrupted(asyncio.create_subprocess_exec(*argv, **options), watcher)
+    if watcher is not None and watcher.was_asked:
+        return Child(process, watcher.stop)
     return Child(process, _learn_from_wait(process, on_exit))
 
 
-def _waits_by_watcher(loop: asyncio.AbstractEventLoop) -> bool:
-    return isinstance(loop, asyncio.SelectorEventLoop) and hasattr(os, "pidfd_open")
-
-
-_waiters: set[asyncio.Task[None]] = set()
+def _asks_for_a_watcher(loop: asyncio.AbstractEventLoop) -> bool:
+    can_wait = isinstance(loop, asyncio.SelectorEventLoop) and hasattr(os, "pidfd_open")
+    return _HAS_WATCHERS and can_wait
 
 
 def _learn_from_wait(
     process: asyncio.subprocess.Process, on_exit: ExitCallback
 ) -> Callable[[], None]:
-    """Call `on_exit` when the process has ended; returns what stops the waiting."""
-    stopped = False
+    """Call `on_exit` when the process has ended; returns what stops the waiting.
 
-    async def wait() -> None:
-        while not stopped:
-            try:
-                code = await process.wait()
-            except asyncio.CancelledError:
-                # At its end ``asyncio.run`` cancels every task; those that end the workers then
-                # must still learn of their exits.
-                continue
-            on_exit(exit_now(code))
+    Without a task: at its end ``asyncio.run`` cancels every task, and those that end the workers
+    then must still learn of their exits.
+    """
+    waiting, stopped = process.wait(), False
+
+    def go_on(_: object = None) -> None:
+        if stopped:
             return
+        waited, code = _step(waiting)
+        if waited is not None:
+            waited.add_done_callback(go_on)
+        elif code is not None:
+            on_exit(exit_now(code))
 
     def stop() -> None:
         nonlocal stopped
         stopped = True
-        task.cancel()
+        waiting.close()
 
-    # The loop keeps weak references to tasks only (asyncio.create_task's documentation).
-    task = asyncio.get_running_loop().create_task(wait(), name=f"exit of {process.pid}")
-    _waiters.add(task)
-    task.add_done_callback(_waiters.discard)
+    go_on()
     return stop
 
 

@@ -17,9 +17,9 @@ import stat
 import struct
 import termios
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, TextIO, TypeVar
 
@@ -27,6 +27,7 @@ from asupervise.framing import Framed
 
 T = TypeVar("T")
 Parts = Sequence[bytes | memoryview]
+Blocks = Generator[T, None, None]
 
 # So much is handed over without a thread at the most, to a pipe that is empty and holds
 # `_PIPE_BYTES` or more: what the host itself has printed and not flushed (8 KiB of text and as
@@ -103,15 +104,21 @@ class Console:
         if parts:
             await self._unless_broken(self._put(parts))
 
-    async def write_all(self, owner: object, framings: Iterator[Framed]) -> None:
+    async def write_all(self, owner: object, framings: Blocks[Framed]) -> None:
         """Write what comes out of an iterator, which runs in the writing thread.
 
         For much at once: then crossing over from one thread to another, twice for each block,
         takes longer than the work itself.
         """
         assert self._fd is not None
-        joined = (self._joined(owner, framed) for framed in framings)
-        await self._unless_broken(self._write_patiently(self._fd, joined))
+        await self._unless_broken(
+            self._write_patiently(self._fd, self._all_joined(owner, framings))
+        )
+
+    def _all_joined(self, owner: object, framings: Blocks[Framed]) -> Blocks[Parts]:
+        with closing(framings):
+            for framed in framings:
+                yield self._joined(owner, framed)
 
     async def _unless_broken(self, writing: Coroutine[Any, Any, None]) -> None:
         if self.broken is not None:
@@ -145,7 +152,7 @@ class Console:
         if self._fd is not None:
             taken = self._write_at_once(parts) if self._empty_pipe_takes else 0
             if left := _without_first(parts, taken):
-                await self._write_patiently(self._fd, iter([left]))
+                await self._write_patiently(self._fd, _one(left))
         elif _has_byte_layer(stream) and _descriptor_below(stream) is not None:
             # Compressed, a socket: something of its own stands between the stream and its file.
             await self._in_thread(_write_to_buffer, stream, b"".join(parts))
@@ -173,7 +180,7 @@ class Console:
             self._empty_pipe_takes = False
             return 0
 
-    async def _write_patiently(self, fd: int, blocks: Iterator[Parts]) -> None:
+    async def _write_patiently(self, fd: int, blocks: Blocks[Parts]) -> None:
         writing = Writing(self._stream, fd)
         thread = asyncio.get_running_loop().run_in_executor(self._executor, writing.run, blocks)
         try:
@@ -260,21 +267,25 @@ class Writing:
                 os.close(self._cancelled)
             self._cancelled = -1
 
-    def run(self, blocks: Iterator[Parts]) -> None:
+    def run(self, blocks: Blocks[Parts]) -> None:
         """Write all that comes out of `blocks`."""
         try:
             # What the host has printed comes first. Flushing is safe in another thread; writing
             # *text* there is not: two writers can overwrite each other's pending text (torch's
             # tee loses lines so), which is why our bytes go to the descriptor.
             self._when_writable(self._stream.flush)
-            for parts in blocks:
-                while parts:
-                    taken = self._when_writable(partial(_write_some, self._fd, parts))
-                    parts = _without_first(parts, taken)
+            with closing(blocks):
+                for parts in blocks:
+                    self._write_block(parts)
         except asyncio.CancelledError:
             return
         finally:
             self._close()
+
+    def _write_block(self, parts: Parts) -> None:
+        while parts:
+            taken = self._when_writable(partial(_write_some, self._fd, parts))
+            parts = _without_first(parts, taken)
 
     def _when_writable(self, call: Callable[[], T]) -> T:
         while True:
@@ -291,6 +302,10 @@ class Writing:
             poller.register(self._cancelled, select.POLLIN)
         if any(fd == self._cancelled for fd, _ in poller.poll()):
             raise asyncio.CancelledError
+
+
+def _one(parts: Parts) -> Blocks[Parts]:
+    yield parts
 
 
 def _without_first(parts: Parts, size: int) -> Parts:

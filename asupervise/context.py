@@ -303,6 +303,8 @@ class PContext:
             )
             if streams is not None:
                 streams.follow(worker)
+            # Starting one takes half a millisecond of the loop's time; others get a turn.
+            await asyncio.sleep(0)
 
     async def _end(self) -> list[Survivor]:
         handlers = list(self._handlers.values())

@@ -82,7 +82,8 @@ class LineFramer:
     @property
     def unfinished(self) -> bool:
         """Whether there is a begun line of which something is not shown yet."""
-        return len(self._held) > self._shown
+        # Of a "\r" at its end nobody can say yet what it will do.
+        return len(self._held.rstrip(b"\r")) > self._shown
 
     @property
     def in_progress(self) -> bool:
@@ -118,8 +119,9 @@ class LineFramer:
         """Give out what there is of an unfinished line, which then is known to be shown."""
         if not self.unfinished:
             return None
-        resumed, fresh = self._begin(self._held)
-        self._shown = len(self._held)
+        text = self._held.rstrip(b"\r")
+        resumed, fresh = self._begin(text)
+        self._shown = len(text)
         return Framed(resumed, fresh, (), unfinished=True)
 
     def end(self) -> Framed | None:
@@ -146,15 +148,16 @@ class LineFramer:
         self._held = held
         if len(held) <= self._max_held:
             return None
-        resumed, fresh = self._begin(held)
-        self._held, self._shown, self._head_gone = b"", 0, True
+        text = held.rstrip(b"\r") or held
+        resumed, fresh = self._begin(text)
+        self._held, self._shown, self._head_gone = held[len(text) :], 0, True
         return Framed(resumed, fresh, (), unfinished=True)
 
     def _completed(self, tail: bytes) -> tuple[bytes, bytes]:
         """The two beginnings (resumed, fresh) of the begun line, which `tail` ends."""
         only_its_end = not tail.rstrip(b"\r\n")
         if only_its_end and self._is_on_console() and not self.unfinished:
-            return tail, b""
+            return self._held[self._shown :] + tail, b""
         return self._begin(self._held + tail)
 
     def _is_on_console(self) -> bool:
@@ -227,6 +230,8 @@ class LineFilter:
         self, needles: Iterable[str], prefix: bytes, *, max_held: int = MAX_HELD_BYTES
     ) -> None:
         self._needles = _distinct(n.encode("utf-8", "surrogateescape") for n in needles)
+        # A character that is not there at all is found out ten times faster than a string.
+        self._chars = [sorted(set(needle)) for needle in self._needles]
         # So much of a line that is not held is kept to find a needle across two blocks.
         self._overlap = max((len(needle) for needle in self._needles), default=1) - 1
         self._prefix = prefix
@@ -253,15 +258,18 @@ class LineFilter:
         if not end:
             self._hold(self._held + data)
             return Picked(None, b"")
-        long = None
-        block = self._held + data[:end]
+        long, lines = None, b""
+        first = 0
         if self._long_from is not None:
             first = data.find(b"\n") + 1
-            long = self._long_ended(block[: len(self._held) + first], begins + first)
-            block = data[first:end]
+            long = self._long_ended(self._held + data[:first], begins + first)
+        elif self._held:
+            first = data.find(b"\n") + 1
+            lines = self._matching(self._held + data[:first])
+        lines += self._matching(data, first, end)
         self._held = b""
         self._hold(data[end:])
-        return Picked(long, self._matching(block))
+        return Picked(long, lines)
 
     def end(self) -> Picked:
         """The stream has ended: its last line, if it matches. What follows is a new stream."""
@@ -290,17 +298,25 @@ class LineFilter:
     def _is_in(self, text: bytes) -> bool:
         return any(needle in text for needle in self._needles)
 
-    def _matching(self, block: bytes) -> bytes:
+    def _matching(self, block: bytes, start: int = 0, end: int | None = None) -> bytes:
         """The matching lines of a block of whole lines."""
-        if not (block and self._needles):
+        end = len(block) if end is None else end
+        needles = self._needles
+        if needles != (b"\n",):
+            needles = tuple(
+                n
+                for n, chars in zip(needles, self._chars, strict=True)
+                if all(char in block for char in chars)
+            )
+        if not needles or start == end:
             return b""
-        if self._needles == (b"\n",):
-            lines = block[:-1].split(b"\n")
+        if needles == (b"\n",):
+            lines = block[start : end - 1].split(b"\n")
         elif self._dense:
-            lines = list(filter(self._search, block[:-1].split(b"\n")))
+            lines = list(filter(self._search, block[start : end - 1].split(b"\n")))
         else:
-            lines = list(_lines_at(block, self._needles))
-        self._dense = self._may_be_dense and len(lines) * _DENSE_BYTES > len(block)
+            lines = list(_lines_at(block, start, end, needles))
+        self._dense = self._may_be_dense and len(lines) * _DENSE_BYTES > end - start
         if not lines:
             return b""
         prefix = self._prefix
@@ -319,17 +335,15 @@ def _distinct(needles: Iterable[bytes]) -> tuple[bytes, ...]:
     return tuple(distinct)
 
 
-def _lines_at(block: bytes, needles: tuple[bytes, ...]) -> Iterator[bytes]:
+def _lines_at(block: bytes, start: int, end: int, needles: tuple[bytes, ...]) -> Iterator[bytes]:
     """The lines, without their newline, that hold a needle, by going from match to match."""
     # `bytes.find` is several times faster than `re`, also once for each of a few needles.
-    nexts = [block.find(needle) for needle in needles]
-    position = 0
+    nexts = [block.find(needle, start, end) for needle in needles]
     while (found := min((at for at in nexts if at >= 0), default=-1)) >= 0:
-        start = block.rfind(b"\n", position, found) + 1 or position
-        end = block.find(b"\n", found)
-        yield block[start:end]
-        position = end + 1
+        line = block.rfind(b"\n", start, found) + 1 or start
+        start = block.find(b"\n", found) + 1
+        yield block[line : start - 1]
         nexts = [
-            block.find(needle, position) if 0 <= at < position else at
+            block.find(needle, start, end) if 0 <= at < start else at
             for at, needle in zip(nexts, needles, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""Where workers' output goes: stream masks, log files, and their tailers.
+"""Where workers' output goes: stream masks, and the log files by their names.
 
 ``Std``, ``LogsSpecs``, ``DefaultLogsSpecs`` and ``LogsDest`` have torch's names and meaning
 (``torch.distributed.elastic.multiprocessing.api``). Unlike torch's they only name files: the
@@ -10,10 +10,14 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntFlag
+from typing import TYPE_CHECKING
 
 from asupervise.errors import NotSupportedError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _ENTRY_POINT_GROUPS = ("asupervise.logs_specs", "torchrun.logs_specs")
 
@@ -105,6 +109,14 @@ class LogsDest:
     filtered_stderr: str = ""
     run_dir: str = ""
     temporary: bool = False
+
+    @classmethod
+    def of(cls, given: object) -> LogsDest:
+        """What logs specs have returned: those that were made for torch have its own class."""
+        if isinstance(given, cls):
+            return given
+        names = [each.name for each in fields(cls) if hasattr(given, each.name)]
+        return cls(**{name: getattr(given, name) for name in names})
 
 
 class LogsSpecs(ABC):
@@ -272,10 +284,13 @@ class DefaultLogsSpecs(LogsSpecs):
 def load_logs_specs(name: str | None) -> type[LogsSpecs]:
     """The logs specs class registered under `name`; :class:`DefaultLogsSpecs` for None.
 
+    ``"default"`` is that, too: torch registers its own under this name.
+
     Raises:
-        ValueError: if no installed package registers that name.
+        ValueError: if no installed package registers that name, or what it registers cannot be
+            imported.
     """
-    if name is None:
+    if name is None or name == "default":
         return DefaultLogsSpecs
     from importlib.metadata import entry_points
 
@@ -284,12 +299,21 @@ def load_logs_specs(name: str | None) -> type[LogsSpecs]:
         points = entry_points(group=group)
         known += points.names
         for point in points.select(name=name):
-            loaded: type[LogsSpecs] = point.load()
-            return loaded
+            return _loaded(point)
     raise NotSupportedError(
         f"no logs specs named {name!r} is installed (entry point groups "
         f"{' and '.join(_ENTRY_POINT_GROUPS)}); known: {', '.join(sorted(known)) or 'none'}"
     )
+
+
+def _loaded(point: EntryPoint) -> type[LogsSpecs]:
+    try:
+        loaded: type[LogsSpecs] = point.load()
+    except (ImportError, AttributeError) as exc:
+        raise NotSupportedError(
+            f"logs specs {point.name!r}: {point.value} cannot be imported: {exc}"
+        ) from exc
+    return loaded
 
 
 def line_prefixes(name: str, nprocs: int, given: Mapping[int, str] | None) -> Sequence[str]:

@@ -283,8 +283,15 @@ class LogStreams:
         """Let every tailer end once it has shown all that is in its file now."""
         if self._soon is not None:
             self._soon.cancel()
+            self._soon = None
         for tailer in list(self._sources):
             tailer.stop()
+
+    def close(self) -> None:
+        """Let go of all files."""
+        # A task that is cancelled before its first step does not do it.
+        for tailer in self._sources:
+            tailer.close()
 
     def warnings(self) -> list[str]:
         """What could not be shown, a sentence each."""
@@ -312,6 +319,7 @@ async def open_streams(plan: GroupPlan, warnings: list[str]) -> AsyncIterator[Lo
         hub = await stack.enter_async_context(shared_hub())
         async with anyio.create_task_group() as group:
             streams = LogStreams(hub, group, stack, plan)
+            stack.callback(streams.close)
             try:
                 yield streams
             except BaseException as exc:

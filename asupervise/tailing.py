@@ -15,7 +15,7 @@ import stat
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Executor
 from functools import cache
 from typing import Any, Protocol
@@ -457,7 +457,7 @@ class Tailer:
         if failures:
             raise failures[0]
 
-    def _framings(self, failures: list[OSError]) -> Iterator[Framed]:
+    def _framings(self, failures: list[OSError]) -> Generator[Framed, None, None]:
         """What is to be shown of the next blocks; runs in a thread, while our task waits.
 
         Ends after some time, so that the other ranks have their turn at a slow console.

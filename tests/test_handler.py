@@ -460,6 +460,34 @@ def test_abandoned_processes_hold_nothing(run: Runner, channel: Channel) -> None
     run(main)
 
 
+@every_loop
+def test_a_cancellation_during_a_start_comes_after_it(run: Runner) -> None:
+    """No process is there that nobody has been told of, and no cancellation is lost."""
+    children: list[_compat.Child] = []
+
+    async def start_and_wait() -> None:
+        child = await spawn(("/bin/sleep", "1000"), on_exit=exited.append)
+        children.append(child)
+        await asyncio.get_running_loop().create_future()
+
+    async def main() -> None:
+        starting = asyncio.create_task(start_and_wait())
+        await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert starting.cancelling() == 1
+        [child] = children
+        os.kill(child.pid, signal.SIGKILL)
+        await gone(child.pid)
+        while not exited:
+            await asyncio.sleep(0)
+
+    exited: list[Exit] = []
+    run(main)
+    assert exited[0].code == -9
+
+
 # --- short commands -------------------------------------------------------------------------------
 
 

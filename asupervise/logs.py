@@ -212,7 +212,7 @@ class DefaultLogsSpecs(LogsSpecs):
         # Restarts of one run share its folder; the same specs used for a second run do not
         # touch the first one's files (torch deletes them).
         if not self._run_dir or attempt in self._attempts:
-            base = self._root_log_dir or os.environ.get("TMPDIR") or "/tmp"
+            base = self._root_log_dir or _temporary_base()
             safe = run_id.replace("/", "_").replace("\0", "_")[:100]
             stem = safe if self._root_log_dir else f"asupervise_{safe}"
             self._run_dir = os.path.join(os.path.abspath(base), f"{stem}_{os.urandom(4).hex()}")
@@ -279,6 +279,12 @@ class DefaultLogsSpecs(LogsSpecs):
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _temporary_base() -> str:
+    # As `tempfile` does in the end, which takes as long to import as all of ours.
+    named = os.environ.get("TMPDIR", "")
+    return named if os.path.isdir(named) else "/tmp"
 
 
 def load_logs_specs(name: str | None) -> type[LogsSpecs]:

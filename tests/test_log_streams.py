@@ -508,12 +508,14 @@ async def test_a_worker_that_truncates_its_log(reader: Reader, tmp_path: Path) -
 
 async def test_a_log_that_is_rotated(reader: Reader, tmp_path: Path) -> None:
     """Moved away, a new one in its place, twice: the worker's descriptor goes with the first."""
-    go = tmp_path / "go"
-    os.mkfifo(go)
+    # One for each time: a reader that is early could still find the writer of the time before.
+    go = {number: tmp_path / f"go{number}" for number in (1, 2)}
+    for fifo in go.values():
+        os.mkfifo(fifo)
     specs = DefaultLogsSpecs(str(tmp_path / "logs"), tee=Std.OUT)
     with contextlib.redirect_stdout(reader.stream):
         async with starting(
-            f"echo a; read x < {go}; echo b; read x < {go}; echo c", specs=specs
+            f"echo a; read x < {go[1]}; echo b; read x < {go[2]}; echo c", specs=specs
         ) as ctx:
             await reader.until_shown(b"[w0]:a\n")
             log = Path(ctx.stdouts[0])
@@ -521,7 +523,7 @@ async def test_a_log_that_is_rotated(reader: Reader, tmp_path: Path) -> None:
                 log.rename(f"{log}.{number}")
                 log.write_text(f"new {number}\n")
                 await reader.until_shown(b"[w0]:new %d\n" % number)
-                go.write_text("\n")
+                go[number].write_text("\n")
                 await reader.until_shown(b"[w0]:%c\n" % b" bc"[number])
             await ctx.wait()
         reader.close_writing()

@@ -26,9 +26,10 @@ from asupervise.handler import SubprocessHandler
 KILL_WAIT_S = 5.0
 # The grace of descendants that outlived their worker: nobody is left who could need them.
 SWEEP_GRACE_S = 1.0
-_SWEEP_ROUNDS = 20
+_SWEEP_ROUNDS = 200
 # How often to look around before nobody counts as found, on a machine where processes come and go.
 _LOOKS = 5
+_CHASES = 100
 # How long a look at the stacks of those about to be killed may take.
 _LAST_LOOK_S = 8.0
 # Within this time the kernel cannot have used up its range of pids and come round again.
@@ -290,11 +291,32 @@ class Cleanup:
         somebody has ended meanwhile, we look again.
         """
         ended: set[int] = set()
+        newest_pid = procfs.newest_pid()
         for _ in range(_LOOKS):
             found, ended_now = self._look_around()
-            if found or ended_now <= ended:
+            if found:
                 return found
+            if ended_now <= ended:
+                break
             ended = ended_now
+        return self._chased(newest_pid)
+
+    def _chased(self, newest_pid: int | None) -> list[procfs.ProcessEntry]:
+        """Somebody of ours among the pids that have been given out since we began to look.
+
+        A process that hops from pid to pid is faster than a look at the whole table, but not
+        faster than one at the pid that was given out last.
+        """
+        workers = {h.pid for h in self._handlers if h.running}
+        for _ in range(_CHASES):
+            now = procfs.newest_pid()
+            if newest_pid is None or now is None or now <= newest_pid:
+                return []
+            for entry in procfs.entries(range(newest_pid + 1, now + 1)):
+                unknown = entry.pid not in workers and entry.pid not in self._refused
+                if unknown and procfs.environment_holds(entry.pid, self._token):
+                    return [entry]
+            newest_pid = now
         return []
 
     def _look_around(self) -> tuple[list[procfs.ProcessEntry], set[int]]:

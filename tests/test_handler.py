@@ -292,7 +292,7 @@ async def test_one_that_is_stopped_is_continued_to_end(channel: Channel) -> None
 
 
 async def test_what_we_sent_may_explain_the_exit(channel: Channel) -> None:
-    handler = await begin(SLEEP, channel)
+    handler = await begin(STUBBORN, channel)
     await channel.lines(1)
     before_ns = time.monotonic_ns()
     handler.close(signal.SIGTERM)

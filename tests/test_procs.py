@@ -178,11 +178,12 @@ async def test_the_report_has_the_last_lines_of_stderr(tmp_path: Path) -> None:
     assert "line 99" in str(caught.value)
 
 
-# Rank 0 waits for rank 1, and fails 50 ms after it.
+# Rank 0 waits for rank 1, and fails so much later.
 RAISING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 {record}
+@record
 def main():
     rank, channel, gate = int(os.environ["RANK"]), os.environ["CHANNEL"], os.environ["GATE"]
     with open(channel, "w") as file:
@@ -193,20 +194,26 @@ def main():
     else:
         with open(gate) as file:
             file.readline()
-        time.sleep(0.05)
+        time.sleep({delay_s})
     raise ValueError(f"rank {{rank}}")
 main()
 """
 ROUNDS = int(os.environ.get("ASUPERVISE_TEST_ROUNDS", "10"))
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "bare"])
+# Who records its error is known to be the first, however long its end takes; of the others the
+# end is all that is seen, and on a machine with too much to do an end may take 50 ms.
+@pytest.mark.parametrize(
+    ("recorded", "delay_s"),
+    [(True, 0.05), (False, float(os.environ.get("ASUPERVISE_TEST_DELAY_S", "0.25")))],
+    ids=["recorded", "bare"],
+)
 async def test_who_raises_first_is_to_blame(
-    recorded: bool, channel: Channel, tmp_path: Path
+    recorded: bool, delay_s: float, channel: Channel, tmp_path: Path
 ) -> None:
     """In every round; ``ASUPERVISE_TEST_ROUNDS`` says how many."""
     record = "from asupervise import record" if recorded else "record = lambda f: f"
-    program = RAISING.format(root=str(ROOT), record=record).replace("def main", "@record\ndef main")
+    program = RAISING.format(root=str(ROOT), record=record, delay_s=delay_s)
     os.mkfifo(gate := tmp_path / "gate")
     env = {"CHANNEL": str(channel.path), "GATE": str(gate)}
     blamed = []
@@ -223,9 +230,9 @@ async def test_who_raises_first_is_to_blame(
         assert result.root_cause is not None
         rank, failure = result.root_cause
         blamed.append(rank)
-        assert failure.exitcode == 1
+        assert not failure.ended_by_us
         assert ("ValueError: rank 1" in failure.traceback) is recorded
-        assert "ValueError: rank 1" in failure.stderr_tail
+        assert recorded or "ValueError: rank 1" in failure.stderr_tail
         if 0 in result.failures:
             assert failure.timestamp < result.failures[0].timestamp
     assert blamed == [1] * ROUNDS

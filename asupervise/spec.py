@@ -156,7 +156,7 @@ def checked_signal(sig: int) -> int:
 def _check_args(args: Mapping[int, Sequence[object]]) -> None:
     for rank, given in args.items():
         # A string is a sequence, too: each letter would become an argument.
-        if isinstance(given, str | bytes):
+        if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
             raise ValueError(
                 f"args: local rank {rank}: {given!r}: expected a sequence of arguments, not one"
             )
@@ -164,6 +164,8 @@ def _check_args(args: Mapping[int, Sequence[object]]) -> None:
 
 def _check_envs(envs: Mapping[int, Mapping[str, str]]) -> None:
     for rank, env in envs.items():
+        if not hasattr(env, "items"):
+            raise ValueError(f"envs: local rank {rank}: {env!r}: expected a map of strings")
         for name, value in env.items():
             if not all(isinstance(text, str) for text in (name, value)):
                 raise TypeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import io
 import os
 import subprocess
@@ -17,11 +18,18 @@ from typing import Any
 
 import pytest
 
-from asupervise import DefaultLogsSpecs, LogsSpecs, RunProcsResult, Std, start_processes
+from asupervise import (
+    DefaultLogsSpecs,
+    LogsSpecs,
+    RunProcsResult,
+    Std,
+    start_processes,
+    streaming,
+)
 from asupervise.logs import LogsDest
 from asupervise.plan import GroupPlan, WorkerPlan
 from asupervise.streaming import FilteredLog, open_streams
-from asupervise.tailing import InotifyWatches
+from asupervise.tailing import InotifyWatches, Tailer
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILING_S = 40.0
@@ -359,6 +367,22 @@ async def test_a_prompt_is_shown_and_answered(
     assert reader.read_rest() == b"[w0]:(Pdb) got next\n"
 
 
+async def test_the_rank_that_can_be_answered_is_shown_sooner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = {}
+
+    class Recording(Tailer):
+        def __init__(self, path: str, *args: Any, **options: Any) -> None:
+            super().__init__(path, *args, **options)
+            prompts[Path(path).parent.name] = options["prompts"]
+
+    monkeypatch.setattr(streaming, "Tailer", Recording)
+    with shown_in(tmp_path / "console"):
+        await run("echo a", "echo b", stdin=1)
+    assert prompts == {"0": False, "1": True}
+
+
 async def test_a_prompt_that_is_interrupted(tmp_path: Path, reader: Reader) -> None:
     go = [tmp_path / "go0", tmp_path / "go1"]
     for fifo in go:
@@ -558,6 +582,25 @@ async def test_a_log_that_is_not_there(tmp_path: Path) -> None:
             streams.follow(plan.workers[0])
     (warning,) = warnings
     assert "missing.log: no longer shown" in warning
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+async def test_tailers_that_are_cancelled_before_their_first_step(tmp_path: Path) -> None:
+    """As when the loop is shut down: asyncio then runs nothing of them."""
+    log = tmp_path / "stdout.log"
+    log.write_bytes(b"a\n")
+    plan, warnings = plan_of(log), list[str]()
+    others = asyncio.all_tasks()
+    with shown_in(tmp_path / "console"):
+        async with open_streams(plan, warnings) as streams:
+            streams.follow(plan.workers[0])
+            (tailer,) = streams._sources
+            streams.stop()
+            for task in asyncio.all_tasks() - others:
+                task.cancel()
+    assert tailer._raw.closed
+    # anyio's wrapper of the task warns, when it goes.
+    gc.collect()
 
 
 async def test_a_log_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

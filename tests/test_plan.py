@@ -60,6 +60,8 @@ BAD_INPUT = {
     "other ranks": ({"envs": {0: {}, 1: {}}}, RankMapError, r"envs: .*not expected \[1\]"),
     "prefix": ({"log_line_prefixes": {1: "x"}}, RankMapError, r"log_line_prefixes: .*\[1\]"),
     "string for arguments": ({"args": {0: "--lr"}}, ValueError, "args: local rank 0: '--lr'"),
+    "number for arguments": ({"args": {0: 7}}, ValueError, "args: local rank 0: 7"),
+    "no map": ({"envs": {0: None}}, ValueError, "envs: local rank 0: None: expected a map"),
     "number in environment": ({"envs": {0: {"N": 1}}}, TypeError, "envs: local rank 0: 'N': 1"),
     "odd name": ({"envs": {0: {"A=B": "1"}}}, ValueError, "envs: local rank 0: 'A=B'"),
     "empty name": ({"envs": {0: {"": "1"}}}, ValueError, "envs: local rank 0: ''"),

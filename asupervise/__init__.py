@@ -35,12 +35,15 @@ if TYPE_CHECKING:
     from asupervise.error_handler import get_error_handler as get_error_handler
     from asupervise.error_handler import record as record
     from asupervise.errors import BindingError as BindingError
+    from asupervise.errors import NotPicklableError as NotPicklableError
     from asupervise.errors import NotSupportedError as NotSupportedError
     from asupervise.errors import RankMapError as RankMapError
     from asupervise.errors import SignalException as SignalException
     from asupervise.errors import SupervisorError as SupervisorError
+    from asupervise.errors import ZygoteError as ZygoteError
     from asupervise.failures import ProcessFailure as ProcessFailure
     from asupervise.failures import root_cause as root_cause
+    from asupervise.functions.zygote import Zygote as Zygote
     from asupervise.handler import SubprocessHandler as SubprocessHandler
     from asupervise.logs import DefaultLogsSpecs as DefaultLogsSpecs
     from asupervise.logs import LogsDest as LogsDest
@@ -72,6 +75,7 @@ _HOMES = {
     "LogsDest": "logs",
     "LogsSpecs": "logs",
     "MemoryPolicy": "binding",
+    "NotPicklableError": "errors",
     "NotSupportedError": "errors",
     "NumaOptions": "binding",
     "PContext": "procs",
@@ -85,6 +89,8 @@ _HOMES = {
     "Topology": "topology",
     "WorkerPlan": "plan",
     "Stack": "stacks",
+    "Zygote": "functions.zygote",
+    "ZygoteError": "errors",
     "get_error_handler": "error_handler",
     "handle_signals": "signals",
     "heartbeat": "worker",

@@ -88,6 +88,10 @@ class Child:
         self._process = process
         self._stop_waiting = stop_waiting
 
+    def has_ended(self) -> bool:
+        """Whether it has ended, also where nobody has told us yet; reaps nothing."""
+        return has_ended(self.pid)
+
     def abandon(self) -> None:
         """Wait no longer: for a process that cannot be ended. It stays unreaped."""
         self._stop_waiting()

@@ -35,6 +35,9 @@ def choose(
         topology = read_topology()
         gpus = visible_gpus(topology.gpus, parent_env)
         bindings = bind_ranks(topology, options, len(spec.args), gpus=gpus)
+        if spec.function is not None and spec.function.forks:
+            _check_forked(options)
+            return replace(spec, bindings=bindings)
         tools = find_tools(parent_env)
         rewrite_argv(("true",), bindings[0], tools)
     except BindingError as exc:
@@ -66,6 +69,23 @@ async def choose_and_probe(
     if said is None:
         return bound
     return _unbound(spec, options, BindingError(f"{' '.join(argv)} failed: {said}"))
+
+
+def _check_forked(options: NumaOptions) -> None:
+    """A forked worker binds itself: CPUs always, memory by libnuma.
+
+    Raises:
+        BindingError: libnuma is missing, or the kernel has no NUMA.
+    """
+    from asupervise.binding import MemoryPolicy
+    from asupervise.functions.memory_policy import can_set_memory_policy
+
+    if options.memory_policy is not MemoryPolicy.NONE and not can_set_memory_policy():
+        raise BindingError(
+            f"memory_policy={str(options.memory_policy)!r} in a forked worker needs libnuma.so.1 "
+            "and a kernel with NUMA, and that is not so here",
+            hint="install libnuma (Debian: libnuma1), use start_method 'spawn', or bind CPUs only",
+        )
 
 
 def _unbound(spec: GroupSpec, options: NumaOptions, exc: BindingError) -> GroupSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import re
 import signal
@@ -14,10 +15,11 @@ from typing import Any
 from asupervise import files
 from asupervise._compat import Exit
 from asupervise.error_files import read_error_file
-from asupervise.failures import ProcessFailure
+from asupervise.failures import ProcessFailure, RemoteTraceback
 from asupervise.handler import SubprocessHandler
 from asupervise.plan import GroupPlan
 from asupervise.result import RunProcsResult
+from asupervise.work import Work
 
 # faulthandler's words about a program of many threads are long.
 _STDERR_TAIL_BYTES = 256 * 1024
@@ -66,7 +68,8 @@ async def result_of(
     warnings: list[str],
     *,
     details_of: DetailsOf,
-    hung: Collection[int] = (),
+    faulty: Collection[int] = (),
+    work: Work,
 ) -> RunProcsResult:
     """The result of a group that has ended. Reads what failed workers left, in a thread.
 
@@ -75,31 +78,52 @@ async def result_of(
         handlers: its workers, by local rank.
         warnings: what went wrong beside them.
         details_of: further fields of a worker's failure; called in the thread.
-        hung: the local ranks that have failed however they took our signal.
+        faulty: the local ranks that have failed however they took our signal.
+        work: of the workers.
     """
     if warning := files.full_disk_warning(plan):
         warnings = [*warnings, warning]
     failed = [
         handler
         for rank, handler in sorted(handlers.items())
-        if handler.exit is None or handler.exit.code != 0 or rank in hung
+        if handler.exit is None or handler.exit.code != 0 or rank in faulty
     ]
+    values: dict[int, Any] = dict.fromkeys(range(plan.nprocs))
+    problems: dict[int, str] = {}
     if not failed:
-        removed = await files.remove_run_folder(plan)
-        return _result(plan, {}, warnings, removed=removed)
+        if work.returns_values:
+            values, problems = await asyncio.to_thread(work.values, sorted(handlers))
+        if not problems:
+            removed = await files.remove_run_folder(plan)
+            return _result(plan, values, {}, warnings, removed=removed)
+        failed = [handlers[rank] for rank in problems]
     clock = WallClock.now()
-    failures = await asyncio.to_thread(lambda: [_failure(h, clock, details_of) for h in failed])
-    return _result(plan, {f.local_rank: f for f in failures}, warnings, removed=False)
+
+    def failures() -> dict[int, ProcessFailure]:
+        found = {}
+        for handler in failed:
+            rank = handler.local_rank
+            found[rank] = _failure(handler, clock, details_of, problems.get(rank, ""))
+            if error := work.exception(rank):
+                found[rank] = _with_exception(found[rank], error)
+        return found
+
+    return _result(plan, {}, await asyncio.to_thread(failures), warnings, removed=False)
 
 
 def _result(
-    plan: GroupPlan, failures: dict[int, ProcessFailure], warnings: list[str], *, removed: bool
+    plan: GroupPlan,
+    values: dict[int, Any],
+    failures: dict[int, ProcessFailure],
+    warnings: list[str],
+    *,
+    removed: bool,
 ) -> RunProcsResult:
     def written(paths: Mapping[int, str]) -> dict[int, str]:
         return {} if removed else {r: p for r, p in paths.items() if p and p != os.devnull}
 
     return RunProcsResult(
-        return_values={} if failures else dict.fromkeys(range(plan.nprocs)),
+        return_values=dict(sorted(values.items())),
         failures=failures,
         stdouts=written(plan.logs.stdouts),
         stderrs=written(plan.logs.stderrs),
@@ -108,17 +132,27 @@ def _result(
     )
 
 
-def _failure(handler: SubprocessHandler, clock: WallClock, details_of: DetailsOf) -> ProcessFailure:
+def _failure(
+    handler: SubprocessHandler, clock: WallClock, details_of: DetailsOf, problem: str
+) -> ProcessFailure:
+    """The failure of one worker; `problem` says what is wrong with one that ended well."""
     exit = handler.exit_or_unkillable()
     path = handler.plan.error_file
     started_at, observed_at = clock.seconds(handler.started_ns), clock.seconds(exit.monotonic_ns)
     record = read_error_file(path, not_before=started_at, not_after=observed_at) if path else None
     our_signals, signalled_ns = handler.our_signals(exit)
+    details = details_of(handler, exit)
+    if problem:
+        details |= {"cause": problem, "own": True}
+    elif handler.plan.function and exit.code > 0 and record is None and not details["cause"]:
+        details["cause"] = (
+            f"the function ended its process with exit status {exit.code}, without an exception"
+        )
     return ProcessFailure.from_exit(
         local_rank=handler.local_rank,
         pid=handler.pid,
         # One that hung, and took our signal for a reason to end well, has not ended well.
-        exitcode=exit.code or -signal.SIGTERM,
+        exitcode=exit.code or (0 if problem else -signal.SIGTERM),
         error_file=path or "",
         record=record,
         observed_at=observed_at,
@@ -126,8 +160,14 @@ def _failure(handler: SubprocessHandler, clock: WallClock, details_of: DetailsOf
         our_signals=our_signals,
         signalled_at=None if signalled_ns is None else clock.seconds(signalled_ns),
         stderr_tail=_last_lines(handler.plan.stderr),
-        **details_of(handler, exit),
+        **details,
     )
+
+
+def _with_exception(failure: ProcessFailure, error: BaseException) -> ProcessFailure:
+    # What led to it was left behind with the worker: its traceback, as text, stands for that.
+    error.__cause__ = RemoteTraceback(failure.traceback) if failure.traceback else None
+    return dataclasses.replace(failure, exception=error)
 
 
 def _last_lines(path: str | None) -> str:

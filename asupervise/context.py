@@ -25,6 +25,7 @@ from asupervise.result import RunProcsResult
 from asupervise.shielding import finished_in_any_case, run_in_any_case
 from asupervise.spec import DEFAULT_SHUTDOWN_TIMEOUT_S, RunOptions, check_timeout, checked_signal
 from asupervise.subreaper import subreaping
+from asupervise.work import ProgramWork, Work
 
 if TYPE_CHECKING:
     from asupervise.stacks import Stack
@@ -47,7 +48,7 @@ class PContext:
         log_dir: the run's folder, or None if it has none.
     """
 
-    def __init__(self, plan: GroupPlan, options: RunOptions) -> None:
+    def __init__(self, plan: GroupPlan, options: RunOptions, work: Work | None = None) -> None:
         self.plan = plan
         self.name = plan.name
         self.nprocs = plan.nprocs
@@ -56,6 +57,7 @@ class PContext:
         self.error_files = dict(plan.logs.error_files)
         self.log_dir: str | None = plan.logs.run_dir or None
         self._options = options
+        self._work: Work = work or ProgramWork()
         self._handlers: dict[int, SubprocessHandler] = {}
         self._exited = 0
         self._diagnosis = Diagnosis(
@@ -200,6 +202,10 @@ class PContext:
     def _end_hanging(self) -> None:
         self._request_end(signal.SIGTERM, self._options.shutdown_timeout_s)
 
+    def _on_lost(self, why: str) -> None:
+        self._diagnosis.on_lost(why)
+        self._request_end(signal.SIGTERM, self._options.shutdown_timeout_s)
+
     def _on_exit(self, handler: SubprocessHandler, exit: Exit) -> None:
         self._exited += 1
         self._diagnosis.on_exit(handler, exit)
@@ -216,7 +222,10 @@ class PContext:
                 self._cleanup.cgroup = cgroups.make(self.plan.token)
             async with _streams_of(self.plan, warnings) as streams:
                 try:
-                    async with self._guarded(warnings) as guardian:
+                    async with (
+                        self._guarded(warnings) as guardian,
+                        self._prepared(warnings),
+                    ):
                         warnings += await self._run(streams, guardian)
                 finally:
                     if streams is not None:
@@ -226,7 +235,8 @@ class PContext:
                 self._handlers,
                 warnings,
                 details_of=self._diagnosis.details,
-                hung=self._diagnosis.hung,
+                faulty=self._diagnosis.faulty,
+                work=self._work,
             )
         except asyncio.CancelledError:
             self._started.cancel()
@@ -239,6 +249,12 @@ class PContext:
             await files.remove_run_folder(self.plan)
             return RunProcsResult()
         return result
+
+    def _prepared(self, warnings: list[str]) -> AbstractAsyncContextManager[None]:
+        cgroup = self._cleanup.cgroup
+        return self._work.prepared(
+            self.plan, warnings, cgroup=cgroup.folder if cgroup else "", on_lost=self._on_lost
+        )
 
     @asynccontextmanager
     async def _guarded(self, warnings: list[str]) -> AsyncIterator[Guardian | None]:
@@ -291,7 +307,8 @@ class PContext:
         if not self._started.done():
             return False
         workers = {handler.pid for handler in self._handlers.values()}
-        return pid not in workers and pid not in self._cleanup.helpers
+        helpers = self._cleanup.helpers | self._work.helpers
+        return pid not in workers and pid not in helpers
 
     async def _start_workers(self, streams: LogStreams | None) -> None:
         parent_env = os.environ.copy()
@@ -299,7 +316,11 @@ class PContext:
             if self._unwanted:
                 return
             self._handlers[worker.local_rank] = await SubprocessHandler.start(
-                worker, parent_env, cwd=self._options.cwd, on_exit=self._on_exit
+                worker,
+                parent_env,
+                cwd=self._options.cwd,
+                on_exit=self._on_exit,
+                launch=self._work.launch,
             )
             if streams is not None:
                 streams.follow(worker)

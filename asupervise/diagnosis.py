@@ -211,9 +211,15 @@ class Diagnosis:
         self._hung = {culprit: left.get(culprit, f"{first} in other ranks, which wait for it")}
         self._end_group()
 
+    def on_lost(self, why: str) -> None:
+        """No worker that still runs can go on, and who dies of that does not say so itself."""
+        lost = [rank for rank, handler in sorted(self._handlers.items()) if handler.running]
+        if lost and not self._hung:
+            self._hung = {lost[0]: why}
+
     @property
-    def hung(self) -> frozenset[int]:
-        """The local ranks whose hang has ended the group."""
+    def faulty(self) -> frozenset[int]:
+        """The local ranks that have ended the group without ending themselves: one that hung."""
         return frozenset(self._hung)
 
     # --- the end ----------------------------------------------------------------------------

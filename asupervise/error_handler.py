@@ -34,6 +34,7 @@ _MAX_MESSAGE_CHARS = 16_384
 _MAX_TRACEBACK_CHARS = 49_152
 _CO_COROUTINE = 0x80  # inspect.CO_COROUTINE, without importing inspect
 _NOT_AVAILABLE = "<N/A>"
+_RECORDED = "_asupervise_recorded"
 _NOT_REPLACEABLE = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV)
 
 
@@ -223,12 +224,22 @@ class _Recording:
         if isinstance(error, SystemExit):
             return error.code is None or (isinstance(error.code, int) and error.code == 0)
         if isinstance(error, Exception):
-            try:
-                _hand_over(self._handler, error)
-            except Exception as failure:
-                # Whatever a handler does wrong, the user must see their own exception.
-                _complain(f"cannot record {type(error).__name__}: {_describe(failure)}")
+            record_error(self._handler, error)
         return False
+
+
+def record_error(handler: ErrorHandler, error: Exception) -> None:
+    """Record `error`, or pass on the file of a worker's; once, where several `record` it.
+
+    Whatever the handler does wrong is a line on stderr: the user must see their own exception.
+    """
+    if getattr(error, _RECORDED, False):
+        return
+    try:
+        _hand_over(handler, error)
+        setattr(error, _RECORDED, True)
+    except Exception as failure:
+        _complain(f"cannot record {type(error).__name__}: {_describe(failure)}")
 
 
 def _hand_over(handler: ErrorHandler, error: Any) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 __all__ = [
     "BindingError",
+    "NotPicklableError",
     "NotSupportedError",
     "RankMapError",
     "SignalException",
     "SupervisorError",
+    "ZygoteError",
 ]
 
 
@@ -70,6 +72,14 @@ class RankMapError(SupervisorError, RuntimeError):
 
 class BindingError(SupervisorError, RuntimeError):
     """A worker cannot be bound to CPUs or memory as asked."""
+
+
+class NotPicklableError(SupervisorError, TypeError):
+    """A function or an argument that cannot be pickled, and so cannot travel to a worker."""
+
+
+class ZygoteError(SupervisorError, RuntimeError):
+    """The zygote cannot fork workers: an import failed, it holds threads, or it has ended."""
 
 
 class NotSupportedError(SupervisorError, ValueError):

@@ -62,6 +62,8 @@ class ProcessFailure:
         peak_rss_bytes: the most resident memory that it ever had, or None if unknown.
         last_rss_bytes: its resident memory when last sampled, or None.
         stack: where it was before it was ended, in a line; "" if nobody looked.
+        exception: what a function worker raised, as an object, where it could be pickled; its
+            ``__cause__`` shows the worker's own traceback.
 
     Example:
         >>> failure = ProcessFailure(3, 4711, -9, "<N/A>", record=None)
@@ -83,6 +85,9 @@ class ProcessFailure:
     peak_rss_bytes: int | None = field(default=None, kw_only=True)
     last_rss_bytes: int | None = field(default=None, kw_only=True)
     stack: str = field(default="", kw_only=True, repr=False)
+    exception: BaseException | None = field(
+        default=None, kw_only=True, repr=False, compare=False, hash=False
+    )
 
     def __post_init__(self) -> None:
         if self.record is _UNREAD:
@@ -153,7 +158,7 @@ class ProcessFailure:
             return self.record.message
         if self.exitcode < 0:
             return f"Signal {-self.exitcode} ({self.signal_name()}) ended PID {self.pid}"
-        return _NO_TRACEBACK
+        return self.cause or _NO_TRACEBACK
 
     @property
     def timestamp(self) -> float:
@@ -184,6 +189,13 @@ class ProcessFailure:
             return datetime.fromtimestamp(self.timestamp).isoformat("_", "microseconds")
         except (ValueError, OverflowError, OSError):
             return NOT_AVAILABLE
+
+
+class RemoteTraceback(Exception):
+    """Stands for the traceback of an exception that another process raised."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
 
 
 def failed_by_itself(

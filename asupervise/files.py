@@ -7,8 +7,10 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from asupervise.plan import GroupPlan, WorkerPlan
+from asupervise.worker import STACKS_VARIABLE
 
 _FOLDER_MODE = 0o700
 
@@ -28,7 +30,7 @@ def check_programs(
     checked: set[tuple[str, str]] = set()
     for worker in workers:
         path = worker.env.get("PATH", parent_env.get("PATH", os.defpath))
-        if (worker.program, path) not in checked:
+        if not worker.function and (worker.program, path) not in checked:
             checked.add((worker.program, path))
             _check_program(worker, path, cwd)
 
@@ -102,9 +104,16 @@ def _remove_tree(folder: str) -> bool:
 
 
 def _remove_empty(plan: GroupPlan) -> bool:
-    """The common case, without a thread: nothing was redirected and nothing has failed."""
+    """The common case, without a thread: nothing was redirected and nothing has failed.
+
+    At the most there are the empty files in which workers would have told where they are.
+    """
+    stacks = {worker.env.get(STACKS_VARIABLE, "") for worker in plan.workers}
     folders = {os.path.dirname(p) for p in plan.logs.error_files.values()}
     attempts = {os.path.dirname(f) for f in folders}
+    for path in stacks:
+        with suppress(OSError):
+            os.unlink(path)
     try:
         for folder in (*folders, *attempts, plan.logs.run_dir):
             os.rmdir(folder)

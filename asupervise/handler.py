@@ -8,15 +8,91 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 from asupervise import procfs
-from asupervise._compat import Child, Exit, exit_now, has_ended, spawn
+from asupervise._compat import Exit, ExitCallback, exit_now, spawn
 from asupervise.plan import WorkerPlan
 
 # Appending, so that a log that somebody truncates goes on at its new end instead of leaving a
 # hole of zero bytes (open(2)). The mode keeps other users out.
 _LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
 _LOG_MODE = 0o600
+
+
+class WorkerProcess(Protocol):
+    """A process that has been started, and whose exit will be told.
+
+    Attributes:
+        pid: its process id, which nobody else gets before its exit has been told.
+    """
+
+    pid: int
+
+    def has_ended(self) -> bool:
+        """Whether it has ended, also where that has not been told yet."""
+
+    def abandon(self) -> None:
+        """Wait no longer for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a process is started with, beside its argv.
+
+    Attributes:
+        std: its standard streams: descriptors, None for ours, or ``subprocess.DEVNULL``.
+        env: its whole environment.
+        cwd: its working directory; None for ours.
+    """
+
+    std: tuple[int | None, int | None, int | None]
+    env: Mapping[str, str]
+    cwd: str | None = None
+
+
+class Launch(Protocol):
+    """Starts the process of a plan in a session of its own."""
+
+    async def __call__(
+        self, plan: WorkerPlan, around: Surroundings, on_exit: ExitCallback, /
+    ) -> WorkerProcess:
+        """`on_exit` is called in the loop when it has ended.
+
+        Raises:
+            OSError: if it cannot be started.
+        """
+
+
+async def exec_program(
+    plan: WorkerPlan,
+    around: Surroundings,
+    on_exit: ExitCallback,
+    /,
+    *,
+    descriptors: tuple[int, ...] = (),
+) -> WorkerProcess:
+    """Start a program: the usual `Launch`.
+
+    Args:
+        plan: of the worker.
+        around: what it is started with.
+        on_exit: called in the loop when it has ended.
+        descriptors: handed on to it, and their numbers as its last arguments.
+    """
+    stdin, stdout, stderr = around.std
+    return await spawn(
+        (*plan.argv, *map(str, descriptors)),
+        on_exit=on_exit,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        env=around.env,
+        cwd=around.cwd,
+        pass_fds=descriptors,
+        start_new_session=True,
+    )
 
 
 class SubprocessHandler:
@@ -53,7 +129,7 @@ class SubprocessHandler:
         self._passed_on: set[int] = set()
         self._on_exit = on_exit
         self._exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        self._child: Child | None = None
+        self._child: WorkerProcess | None = None
 
     @classmethod
     async def start(
@@ -63,6 +139,7 @@ class SubprocessHandler:
         *,
         cwd: str | None = None,
         on_exit: Callable[[SubprocessHandler, Exit], None] | None = None,
+        launch: Launch = exec_program,
     ) -> SubprocessHandler:
         """Start the process of `plan`.
 
@@ -71,6 +148,7 @@ class SubprocessHandler:
             parent_env: what the worker's environment is laid over.
             cwd: the worker's working directory; None for ours.
             on_exit: called in the loop when it has ended.
+            launch: starts the process.
 
         Raises:
             OSError: if it cannot be started, with the rank and the program in the message.
@@ -81,7 +159,9 @@ class SubprocessHandler:
         try:
             stdout = _open_log(plan, plan.stdout, opened)
             stderr = _open_log(plan, plan.stderr, opened)
-            self._child = await self._spawned(stdout, stderr, {**parent_env, **plan.env}, cwd)
+            stdin = None if plan.stdin else subprocess.DEVNULL
+            around = Surroundings((stdin, stdout, stderr), {**parent_env, **plan.env}, cwd)
+            self._child = await self._launched(launch, around)
         finally:
             for fd in opened:
                 os.close(fd)
@@ -90,22 +170,11 @@ class SubprocessHandler:
             self._settle(self.exit)
         return self
 
-    async def _spawned(
-        self, stdout: int | None, stderr: int | None, env: Mapping[str, str], cwd: str | None
-    ) -> Child:
+    async def _launched(self, launch: Launch, around: Surroundings) -> WorkerProcess:
         try:
-            return await spawn(
-                self.plan.argv,
-                on_exit=self._ended,
-                stdin=None if self.plan.stdin else subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                env=env,
-                cwd=cwd,
-                start_new_session=True,
-            )
+            return await launch(self.plan, around, self._ended)
         except OSError as exc:
-            raise _named(exc, self.plan, f"cannot start {self.plan.argv[0]!r}") from exc
+            raise _named(exc, self.plan, f"cannot start {_shown(self.plan)!r}") from exc
 
     def _ended(self, exit: Exit) -> None:
         self.exit = exit
@@ -166,7 +235,7 @@ class SubprocessHandler:
     def _may_be_changed(self) -> bool:
         # A worker that has crashed a moment ago, unknown to us so far, did so by itself, whatever
         # we send now.
-        return self.running and not has_ended(self.pid)
+        return self.running and self._child is not None and not self._child.has_ended()
 
     def close(self, death_sig: int = signal.SIGTERM) -> bool:
         """Ask the whole group to end (see :meth:`send_signal`); a stopped one is continued."""
@@ -243,4 +312,8 @@ def _open_log(plan: WorkerPlan, path: str | None, opened: list[int]) -> int | No
 def _named(exc: OSError, plan: WorkerPlan, what: str) -> OSError:
     """The same error with the rank in it; OSError picks FileNotFoundError and the like by errno."""
     why = f"local rank {plan.local_rank}: {what}: {exc.strerror or exc}"
-    return OSError(exc.errno, why, exc.filename or plan.argv[0])
+    return OSError(exc.errno, why, exc.filename or _shown(plan))
+
+
+def _shown(plan: WorkerPlan) -> str:
+    return plan.argv[0] if plan.argv else plan.program

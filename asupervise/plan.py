@@ -27,8 +27,10 @@ class WorkerPlan:
 
     Attributes:
         local_rank: its rank on this node, from 0.
-        argv: program and arguments, after the rewrite for binding.
-        program: the user's program, before that rewrite.
+        argv: program and arguments, after the rewrite for binding; empty for a worker that a
+            zygote forks. For a function, two descriptors follow at the start.
+        program: the user's program, before that rewrite, or the name of the function.
+        function: whether it runs a Python function.
         env: what is laid over the supervisor's environment.
         stdin: whether it reads our standard input; otherwise ``/dev/null``.
         stdout: file for its standard output; None for our console.
@@ -44,6 +46,7 @@ class WorkerPlan:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     program: str = ""
+    function: bool = False
     stdin: bool = False
     stdout: str | None = None
     stderr: str | None = None
@@ -120,11 +123,7 @@ def plan_group(spec: GroupSpec, parent_env: Mapping[str, str]) -> GroupPlan:
 def _plan_worker(
     spec: GroupSpec, rank: int, env: dict[str, str], logs: LogsDest, prefix: str, token: str
 ) -> WorkerPlan:
-    leading = (spec.entrypoint,) if isinstance(spec.entrypoint, str) else tuple(spec.entrypoint)
-    argv = (*leading, *(str(arg) for arg in spec.args[rank]))
-    for part in argv:
-        if "\0" in part:
-            raise ValueError(f"args: local rank {rank}: {part!r}: an argument has no zero byte")
+    argv = _argv(spec, rank)
     binding = spec.bindings[rank] if spec.bindings else None
     error_file = logs.error_files.get(rank)
     env[ERROR_FILE_VARIABLE] = "" if error_file in (None, os.devnull) else str(error_file)
@@ -137,7 +136,8 @@ def _plan_worker(
     return WorkerPlan(
         local_rank=rank,
         argv=_bound(argv, binding, spec.tools),
-        program=argv[0],
+        program=spec.function.name if spec.function else argv[0],
+        function=spec.function is not None,
         env=env,
         stdin=rank == spec.stdin,
         stdout=logs.stdouts[rank] or None,
@@ -150,11 +150,22 @@ def _plan_worker(
     )
 
 
+def _argv(spec: GroupSpec, rank: int) -> tuple[str, ...]:
+    if spec.function is not None:
+        return spec.function.argv
+    leading = (spec.entrypoint,) if isinstance(spec.entrypoint, str) else tuple(spec.entrypoint)
+    argv = (*leading, *(str(arg) for arg in spec.args[rank]))
+    for part in argv:
+        if "\0" in part:
+            raise ValueError(f"args: local rank {rank}: {part!r}: an argument has no zero byte")
+    return argv
+
+
 def _bound(
     argv: tuple[str, ...], binding: RankBinding | None, tools: BindingTools | None
 ) -> tuple[str, ...]:
-    if binding is None or tools is None:
-        return argv
+    if binding is None or tools is None or not argv:
+        return argv  # a forked worker binds itself
     from asupervise.binding import rewrite_argv
 
     return rewrite_argv(argv, binding, tools)

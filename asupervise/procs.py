@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,11 @@ from asupervise.spec import (
     RunOptions,
     checked_spec,
 )
+from asupervise.work import work_of
 
 if TYPE_CHECKING:
     from asupervise.binding import NumaOptions
+    from asupervise.functions.zygote import Zygote
 
 __all__ = ["PContext", "StartingProcesses", "plan_processes", "start_processes"]
 
@@ -31,11 +34,12 @@ def start_processes(
     envs: Mapping[int, Mapping[str, str]],
     logs_specs: LogsSpecs | None = None,
     log_line_prefixes: Mapping[int, str] | None = None,
-    start_method: str = "spawn",
+    start_method: str | Zygote = "spawn",
     numa_options: NumaOptions | None = None,
     duplicate_stdout_filters: Sequence[str] | None = None,
     duplicate_stderr_filters: Sequence[str] | None = None,
     *,
+    preload: Sequence[str] = (),
     stdin: int | None = None,
     cwd: str | None = None,
     shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S,
@@ -56,16 +60,24 @@ def start_processes(
 
     Args:
         name: names the group in prefixes and reports.
-        entrypoint: a program, or a sequence: a program with its leading arguments.
-        args: further arguments by local rank ``0..n-1``; each is passed as ``str(argument)``.
+        entrypoint: a program; a sequence, a program with its leading arguments; or a callable,
+            plain or ``async``, which each worker calls with its own arguments.
+        args: (further) arguments by local rank ``0..n-1``; to a program each is passed as
+            ``str(argument)``, to a function by pickle, or by cloudpickle if that is installed and
+            needed.
         envs: environment variables by local rank, laid over ours.
         logs_specs: where output goes; by default to our own console.
         log_line_prefixes: by local rank, instead of ``[<name><local_rank>]:``.
-        start_method: accepted for torch's sake; programs are always started afresh.
+        start_method: how a function's workers start (programs are always started afresh).
+            ``"spawn"``: each in a fresh interpreter. ``"forkserver"``: forked by a zygote, a fresh
+            interpreter that has imported `preload` and the function's module; ``"fork"`` is the
+            same, for a process that runs an event loop is never forked. A :class:`Zygote` that
+            is kept over several groups.
         numa_options: binding to CPUs and memory.
         duplicate_stdout_filters: teed lines that contain any of these go to the attempt's
             ``filtered_stdout.log`` as well.
         duplicate_stderr_filters: likewise for stderr.
+        preload: modules that the zygote imports first, with ``"forkserver"``.
         stdin: the local rank that reads our standard input; the others read ``/dev/null``.
         cwd: the workers' working directory.
         shutdown_timeout: seconds between SIGTERM and SIGKILL for the other ranks when one has
@@ -89,12 +101,15 @@ def start_processes(
     Raises:
         RankMapError: at the call, if `args` and `envs` are empty, gapped or of different ranks.
         ValueError: at the call, for other arguments that make no sense.
+        TypeError: at the call, for arguments that do not fit a function's signature.
+        NotPicklableError: when awaited, for a function or an argument that cannot travel.
+        ZygoteError: when awaited, if a preload cannot be imported, or must not be forked from.
         FileNotFoundError, PermissionError: when awaited, for a program that is missing or not
             executable, a log folder that cannot be written. Nothing is left running then.
         BindingError: when awaited, if the binding is not possible here.
     """
     spec = checked_spec(
-        name, entrypoint, args, envs, logs_specs, log_line_prefixes, start_method,
+        name, entrypoint, args, envs, logs_specs, log_line_prefixes, start_method, preload,
         duplicate_stdout_filters, duplicate_stderr_filters, stdin,
     )  # fmt: skip
     options = RunOptions(
@@ -115,11 +130,12 @@ def plan_processes(
     envs: Mapping[int, Mapping[str, str]],
     logs_specs: LogsSpecs | None = None,
     log_line_prefixes: Mapping[int, str] | None = None,
-    start_method: str = "spawn",
+    start_method: str | Zygote = "spawn",
     numa_options: NumaOptions | None = None,
     duplicate_stdout_filters: Sequence[str] | None = None,
     duplicate_stderr_filters: Sequence[str] | None = None,
     *,
+    preload: Sequence[str] = (),
     stdin: int | None = None,
     cwd: str | None = None,
     shutdown_timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S,
@@ -168,8 +184,9 @@ class StartingProcesses:
         if self._used:
             raise RuntimeError(f"group {self._spec.name!r} is started already")
         self._used = True
+        _refuse_in_main_import()
         spec = await binder.choose_and_probe(self._spec, self._numa_options, os.environ)
-        self._context = PContext(self._plan(spec), self._options)
+        self._context = PContext(self._plan(spec), self._options, work_of(spec))
         await self._context._start()
         return self._context
 
@@ -182,3 +199,13 @@ class StartingProcesses:
     async def __aexit__(self, *exc_info: object) -> None:
         if self._context is not None:
             await self._context.__aexit__(*exc_info)
+
+
+def _refuse_in_main_import() -> None:
+    """A script without a guard would start workers that start workers, and so on."""
+    running = sys.modules.get("asupervise.functions.running")
+    if running is not None and running.importing_main():
+        raise RuntimeError(
+            "start_processes was called while a worker was importing the main script, to have its "
+            'functions: put what the script does under `if __name__ == "__main__":`'
+        )

@@ -81,7 +81,7 @@ def _fields(rank: int, failure: ProcessFailure, limit: int) -> list[tuple[str, s
         ("host", os.uname().nodename),  # not getfqdn(): DNS can hold it up for seconds
         ("rank", f"{rank} (local_rank: {failure.local_rank})"),
         ("exitcode", f"{failure.exitcode} (pid: {failure.pid}){signal_text}"),
-        ("cause", _printable(failure.cause)),
+        ("cause", _printable(failure.cause) if failure.cause != text else ""),
         ("memory", _memory_text(failure)),
         ("stack", _printable(failure.stack)),
         ("error_file", _printable(failure.error_file)),

@@ -67,7 +67,8 @@ class ChildFailedError(SupervisorError):
     """Workers failed. Its text is the report: who failed, who was ended, and the root cause.
 
     Raised out of a function under ``@record``, the error file of the first failure becomes that
-    of this process, so that whoever supervises this process sees the worker's own error.
+    of this process, so that whoever supervises this process sees the worker's own error. What a
+    function worker raised is its ``__cause__``.
 
     Args:
         name: of what was run, for the title.
@@ -90,6 +91,7 @@ class ChildFailedError(SupervisorError):
         self.failures = dict(failures)
         first = self.get_first_failure()[1]
         super().__init__(self.format_msg(), local_rank=first.local_rank, pid=first.pid)
+        self.__cause__ = first.exception
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without calling `__init__`, whose arguments are not `args`: a subclass may have others.

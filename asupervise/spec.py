@@ -6,13 +6,14 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from asupervise.errors import NotSupportedError, RankMapError
+from asupervise.errors import RankMapError
 from asupervise.logs import DefaultLogsSpecs, LogsSpecs
 
 if TYPE_CHECKING:
     from asupervise.binding import BindingTools, RankBinding
+    from asupervise.functions.spec import FunctionSpec
 
 DEFAULT_SHUTDOWN_TIMEOUT_S = 30.0
 # Seldom enough that 64 idle workers cost the supervisor a hundredth of a second a minute.
@@ -24,7 +25,8 @@ _START_METHODS = ("spawn", "fork", "forkserver")
 class GroupSpec:
     """What is to be started, as given to ``start_processes``; see there.
 
-    The fields from `bindings` on are added on the way from the call to the plan.
+    `function` is set where `entrypoint` is a callable; `entrypoint` is then its name. The fields
+    from `bindings` on are added on the way from the call to the plan.
     """
 
     name: str
@@ -36,6 +38,7 @@ class GroupSpec:
     stdout_filters: Sequence[str] = ()
     stderr_filters: Sequence[str] = ()
     stdin: int | None = None
+    function: FunctionSpec | None = None
     token: str = ""
     bindings: Sequence[RankBinding | None] = field(default_factory=tuple)
     tools: BindingTools | None = None
@@ -69,7 +72,8 @@ def checked_spec(
     envs: Mapping[int, Mapping[str, str]],
     logs_specs: LogsSpecs | None,
     prefixes: Mapping[int, str] | None,
-    start_method: str,
+    start_method: object,
+    preload: Sequence[str],
     stdout_filters: Sequence[str] | None,
     stderr_filters: Sequence[str] | None,
     stdin: int | None,
@@ -82,15 +86,24 @@ def checked_spec(
     check_rank_maps(args, envs, prefixes)
     _check_args(args)
     _check_envs(envs)
-    if start_method not in _START_METHODS:
-        raise ValueError(
-            f"start_method: {start_method!r}: expected 'spawn', 'fork' or 'forkserver'"
-        )
+    _check_start_method(start_method)
     if stdin is not None and stdin not in args:
         raise ValueError(f"stdin: no local rank {stdin!r}: expected 0..{len(args) - 1} or None")
+    function = None
+    if callable(entrypoint):
+        from asupervise.functions.spec import checked_function
+
+        function = checked_function(entrypoint, args, start_method, preload)
+    elif preload or not isinstance(start_method, str):
+        what = "preload" if preload else "start_method"
+        raise ValueError(
+            f"{what}: entrypoint {entrypoint!r} is a program, which is always started afresh; a "
+            "zygote forks workers that call a Python function"
+        )
     return GroupSpec(
         name=name,
-        entrypoint=_checked_entrypoint(entrypoint),
+        entrypoint=function.name if function else _checked_entrypoint(cast(Any, entrypoint)),
+        function=function,
         args=args,
         envs=envs,
         logs_specs=logs_specs if logs_specs is not None else DefaultLogsSpecs(),
@@ -153,6 +166,17 @@ def checked_signal(sig: int) -> int:
     return int(sig)
 
 
+def _check_start_method(start_method: object) -> None:
+    if start_method in _START_METHODS:
+        return
+    # By what it can do: nobody imports the zygote's module only to ask.
+    if not isinstance(start_method, str) and hasattr(start_method, "fork"):
+        return
+    raise ValueError(
+        f"start_method: {start_method!r}: expected 'spawn', 'fork', 'forkserver' or a Zygote"
+    )
+
+
 def _check_args(args: Mapping[int, Sequence[object]]) -> None:
     for rank, given in args.items():
         # A string is a sequence, too: each letter would become an argument.
@@ -179,18 +203,12 @@ def _check_envs(envs: Mapping[int, Mapping[str, str]]) -> None:
                 )
 
 
-def _checked_entrypoint(
-    entrypoint: str | Sequence[str] | Callable[..., Any],
-) -> str | tuple[str, ...]:
-    if callable(entrypoint):
-        raise NotSupportedError(
-            f"entrypoint: {entrypoint!r} is a function; only programs can be started so far",
-            hint="put it into a script and pass [sys.executable, 'script.py']",
-        )
+def _checked_entrypoint(entrypoint: str | Sequence[str]) -> str | tuple[str, ...]:
     if isinstance(entrypoint, str):
         parts: tuple[str, ...] = (entrypoint,)
     else:
-        parts = tuple(entrypoint)
+        # Whatever the annotation says, callers pass what they have.
+        parts = tuple(cast(Any, entrypoint)) if hasattr(entrypoint, "__iter__") else ()
     if not parts or not parts[0] or not all(isinstance(part, str) for part in parts):
         raise ValueError(
             f"entrypoint: {entrypoint!r}: expected a program, or a sequence of strings whose "

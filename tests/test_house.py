@@ -69,13 +69,16 @@ ROOMS = {
     "affinity": room("topology"),
     "placement": room("affinity errors topology"),
     "binding": room("affinity errors placement topology"),
-    "spec": room("errors logs", lazily="binding"),
+    "spec": room("errors logs", lazily="binding functions.spec"),
     "plan": room("logs spec worker", lazily="binding"),
-    "binder": room("errors spec", lazily="_compat binding topology", asynchronous=True),
+    "binder": room(
+        "errors spec", lazily="_compat binding functions.memory_policy topology", asynchronous=True
+    ),
     # Starting it, watching it, ending it.
     "_compat": room(asynchronous=True),
     "shielding": room(others="anyio", asynchronous=True),
     "handler": room("_compat plan procfs", asynchronous=True),
+    "work": room("handler", lazily="functions.work plan spec"),
     "cleanup": room("cgroups handler procfs", asynchronous=True),
     "guardian": room("_compat shielding", lazily="cgroups cleanup", asynchronous=True),
     "subreaper": room("procfs", asynchronous=True),
@@ -83,20 +86,44 @@ ROOMS = {
     "memory": room("procfs", others="psutil", asynchronous=True),
     "stacks": room("_compat handler procfs worker", asynchronous=True),
     "diagnosis": room("_compat handler memory procfs", lazily="hang stacks", asynchronous=True),
-    "files": room("plan", asynchronous=True),
-    "collect": room("_compat error_files failures files handler plan result", asynchronous=True),
+    "files": room("plan worker", asynchronous=True),
+    "collect": room(
+        "_compat error_files failures files handler plan result work", asynchronous=True
+    ),
     # Showing what it says.
     "console": room("framing", asynchronous=True),
     "tailing": room("console framing", others="aiofiles asyncinotify", asynchronous=True),
     "streaming": room("console framing plan tailing", others="anyio", asynchronous=True),
+    "functions.__init__": room(),
+    "functions.frames": room(),
+    "functions.running": room(
+        "error_handler functions.frames", others="cloudpickle", asynchronous=True
+    ),
+    "functions.bootstrap": room("functions.running"),
+    "functions.memory_policy": room(),
+    "functions.zygote_main": room("functions.running worker", lazily="functions.memory_policy"),
+    "functions.interpreter": room("errors"),
+    "functions.spec": room("functions.bootstrap functions.interpreter"),
+    "functions.payload": room("errors functions.frames functions.running", others="cloudpickle"),
+    "functions.environment": room(),
+    "functions.results": room("functions.frames", asynchronous=True),
+    "functions.zygote": room(
+        "_compat cleanup errors functions.interpreter functions.payload"
+        " functions.zygote_main guardian handler plan procfs shielding",
+        asynchronous=True,
+    ),
+    "functions.work": room(
+        "_compat functions.environment functions.payload functions.results functions.spec"
+        " functions.zygote handler plan"
+    ),
     # One group on one node.
     "context": room(
-        "_compat cgroups cleanup collect diagnosis files guardian"
-        " handler plan procfs result shielding spec subreaper",
+        "_compat cgroups cleanup collect diagnosis files guardian handler plan procfs"
+        " result shielding spec subreaper work",
         lazily="stacks streaming",
         asynchronous=True,
     ),
-    "procs": room("binder context files logs plan spec", lazily="binding"),
+    "procs": room("binder context files logs plan spec work", lazily="binding functions.zygote"),
     # The command line. What it does not need to say "usage: ..." it imports when it does.
     "flags": room(),
     "options": room("errors flags"),
@@ -114,25 +141,30 @@ ROOMS = {
 }
 
 # `from asupervise import record` in a worker, however many workers there are.
-WORKER_SIDE = ("errors", "error_files", "failures", "error_handler", "worker")
+WORKER_SIDE = (
+    "errors", "error_files", "failures", "error_handler", "worker",
+    "functions.bootstrap", "functions.running", "functions.zygote_main",
+)  # fmt: skip
 HEAVY = {"anyio", "aiofiles", "argparse", "asyncio", "asyncinotify", "psutil", "subprocess"}
 # Decisions only: they take what was read, and return what is to be done.
 PURE = ("errors", "framing", "report", "affinity", "placement", "binding")
 COMMAND_LINE = ("flags", "options", "job", "dryrun", "cli", "__main__")
-# What an application must ask for by name.
-ASKED_FOR = ("signals", "subreaper")
+# What an application must ask for by name, and what is a process of its own.
+ASKED_FOR = ("signals", "subreaper", "functions.zygote_main")
 
 
 # --- reading the source -------------------------------------------------------------------------
 
 
 def modules() -> list[str]:
-    return sorted(path.stem for path in PACKAGE.glob("*.py"))
+    """Their names below the package, dotted where they stand in a folder."""
+    paths = (path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+    return sorted(".".join(path.with_suffix("").parts) for path in paths)
 
 
 @cache
 def tree(module: str) -> ast.Module:
-    path = PACKAGE / f"{module}.py"
+    path = PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
     return ast.parse(path.read_text(), filename=str(path))
 
 
@@ -168,12 +200,14 @@ def targets(node: ast.Import | ast.ImportFrom) -> list[str]:
     else:
         assert node.level == 0, f"line {node.lineno}: relative import; write the full name"
         full_names = [str(node.module)]
-        if node.module == "asupervise":
+        if PACKAGE.joinpath(*str(node.module).split(".")[1:]).is_dir() and is_ours(
+            str(node.module)
+        ):
             # `from asupervise import procfs` names a module. The version is everybody's; other
             # public names have a home, to be imported from there.
             names = [alias.name for alias in node.names if alias.name != "__version__"]
-            full_names = [f"asupervise.{name}" for name in names]
-    return [".".join(name.split(".")[:2]) if is_ours(name) else top(name) for name in full_names]
+            full_names = [f"{node.module}.{name}" for name in names]
+    return [name if is_ours(name) else top(name) for name in full_names]
 
 
 def top(name: str) -> str:
@@ -233,10 +267,9 @@ def test_imports_of_ours_are_those_of_the_table(module: str) -> None:
 @every_module
 def test_third_party_imports_are_those_of_the_table(module: str) -> None:
     for found in imports(module):
-        if (
-            found.target.split(".")[0] != "asupervise"
-            and found.target not in sys.stdlib_module_names
-        ):
+        if found.target.split(".")[
+            0
+        ] != "asupervise" and found.target not in sys.stdlib_module_names | {"_pickle"}:
             where = f"asupervise/{module}.py:{found.line}"
             allowed = room_of(module).others
             assert found.target in allowed, f"{where} imports {found.target!r}"
@@ -266,9 +299,10 @@ def test_the_docs_have_the_same_table() -> None:
 
 def documented_rooms() -> Iterator[tuple[str, frozenset[str]]]:
     for line in (ROOT / "docs" / "design.md").read_text().splitlines():
-        if re.match(r"\| `\w+\.py` \|", line):
+        if re.match(r"\| `[\w/]+\.py` \|", line):
             name, _, may_import, *_ = (cell.strip() for cell in line.strip("|").split("|"))
-            yield name.strip("`").removesuffix(".py"), frozenset(re.findall(r"`(\w+)`", may_import))
+            module = name.strip("`").removesuffix(".py").replace("/", ".")
+            yield module, frozenset(re.findall(r"`([\w.]+)`", may_import))
 
 
 # --- what nobody does ---------------------------------------------------------------------------

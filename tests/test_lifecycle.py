@@ -531,7 +531,8 @@ async def test_work_that_is_cancelled_itself_is_begun_anew() -> None:
 
     async def work() -> str:
         begun.append(asyncio.current_task())
-        await asyncio.sleep(0.01)
+        if len(begun) == 1:
+            await asyncio.Event().wait()
         return "done"
 
     running = asyncio.create_task(run_in_any_case(work))

@@ -66,7 +66,7 @@ BAD_INPUT = {
     "odd name": ({"envs": {0: {"A=B": "1"}}}, ValueError, "envs: local rank 0: 'A=B'"),
     "empty name": ({"envs": {0: {"": "1"}}}, ValueError, "envs: local rank 0: ''"),
     "zero byte": ({"envs": {0: {"A": "\0"}}}, ValueError, r"envs: local rank 0: 'A': '\\x00'"),
-    "function": ({"entrypoint": print}, NotSupportedError, "entrypoint: .*is a function"),
+    "number as entrypoint": ({"entrypoint": 7}, ValueError, "entrypoint: 7"),
     "no program": ({"entrypoint": ""}, ValueError, "entrypoint: ''"),
     "empty sequence": ({"entrypoint": ()}, ValueError, r"entrypoint: \(\)"),
     "not strings": ({"entrypoint": ("a", 1)}, ValueError, r"entrypoint: \('a', 1\)"),

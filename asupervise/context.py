@@ -12,7 +12,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from asupervise import cgroups, collect, files, procfs
 from asupervise._compat import Exit
@@ -80,6 +80,12 @@ class PContext:
         self._life: asyncio.Task[RunProcsResult] | None = None
 
     # --- what callers do --------------------------------------------------------------------
+
+    @overload
+    async def wait(self, timeout: None = None) -> RunProcsResult: ...
+
+    @overload
+    async def wait(self, timeout: float) -> RunProcsResult | None: ...
 
     async def wait(self, timeout: float | None = None) -> RunProcsResult | None:
         """Wait until the group has ended.

@@ -48,7 +48,7 @@ async def count() -> None:
         logs_specs=DefaultLogsSpecs(tee=Std.OUT),
     ) as workers:
         result = await workers.wait()
-    if result is None or result.is_failed():
+    if result.is_failed():
         raise SystemExit(f"the count failed: {result}")
 
 

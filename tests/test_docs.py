@@ -12,7 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md")]
+PAGES = [
+    ROOT / name
+    for name in (
+        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/functions.md"
+    )
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,18 @@ def test_readme_python_runs(snippet: str, tmp_path: Path) -> None:
     assert sorted(lines) == ["[hello0]:from 0", "[hello1]:from 1"]
     assert last == "all ranks succeeded"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_function_example_runs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "functions.md").read_text()
+    (example,) = (block.text for block in blocks(page) if block.language == "python")
+    script = tmp_path / "factorials.py"
+    script.write_text(example)
+    argv = [sys.executable, "-W", "error", str(script)]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    (shown_start,) = re.findall(r"This prints `(\{0: \d+), ", page)
+    assert done.stdout.startswith(shown_start)
 
 
 def test_the_demo_that_is_shown_is_the_one_that_runs() -> None:

@@ -78,3 +78,33 @@ def test_async_app_runs_two_groups_and_ends_both(tmp_path: Path) -> None:
     assert lines[-1] == "the batch is done and the service has ended"
     # The count's folder is gone. The service was ended, which is no success: its logs are kept.
     assert len(list(tmp_path.iterdir())) <= 1
+
+
+def run_example(name: str, tmp_path: Path) -> list[str]:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    argv = [sys.executable, "-W", "error", str(EXAMPLES / name)]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=50, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_sweep_names_the_best_trial_and_those_that_failed(tmp_path: Path) -> None:
+    *trials, last = run_example("sweep.py", tmp_path)
+    assert len(trials) == 12
+    diverged = [line for line in trials if "ArithmeticError: diverged" in line]
+    assert diverged
+    assert all("learning_rate=3.0" in line for line in diverged)
+    best = re.match(r"best of 12 in [\d.]+ s: (Trial\(.*?\)) -> ", last)
+    assert best
+    losses = {m[1]: float(m[2]) for line in trials if (m := re.match(r"(.*): loss (.*)", line))}
+    assert losses[best[1]] == min(losses.values())
+
+
+def test_notebook_runs_as_a_script(tmp_path: Path) -> None:
+    lines = run_example("notebook.py", tmp_path)
+    assert [line for line in lines if line.startswith("pi is about 3.")] == lines[4::5]
+    assert {line[:9] for line in lines if line.startswith("[")} == {
+        f"[darts{rank}]:" for rank in range(RANKS)
+    }

@@ -148,7 +148,15 @@ def send(
 
 
 def _memory(length: int) -> bytearray | mmap.mmap:
-    return mmap.mmap(-1, length) if length >= _MAPPED_BYTES else bytearray(length)
+    if length < _MAPPED_BYTES:
+        return bytearray(length)
+    memory = mmap.mmap(-1, length)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without them: more page faults
+    return memory
 
 
 class FrameReader:

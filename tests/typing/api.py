@@ -36,11 +36,12 @@ async def awaited() -> int:
     assert_type(ctx.stdouts, dict[int, str])
     assert_type(ctx.log_dir, str | None)
     ctx.send_signal(signal.SIGUSR1, ranks=[0])
+    assert_type(await ctx.wait(timeout=1.5), RunProcsResult | None)
     if await ctx.wait(timeout=1.5) is None:
         await ctx.close(signal.SIGINT, timeout=5)
     result = await ctx.wait()
-    assert_type(result, RunProcsResult | None)
-    return 0 if result is None else judge(result)
+    assert_type(result, RunProcsResult)
+    return judge(result)
 
 
 async def entered() -> None:

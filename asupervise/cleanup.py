@@ -21,19 +21,20 @@ from dataclasses import dataclass
 from asupervise import procfs
 from asupervise.cgroups import OwnCgroup
 from asupervise.handler import SubprocessHandler
+from asupervise.newcomers import Newcomers
 
 # How long a SIGKILLed process may take to go: longer means uninterruptible sleep.
 KILL_WAIT_S = 5.0
 # The grace of descendants that outlived their worker: nobody is left who could need them.
 SWEEP_GRACE_S = 1.0
 _SWEEP_ROUNDS = 200
+# When those that have not ended are continued, in case that they are stopped.
+_RESUME_S = 0.005
 # How often to look around before nobody counts as found, on a machine where processes come and go.
 _LOOKS = 5
 _CHASES = 100
 # How long a look at the stacks of those about to be killed may take.
 _LAST_LOOK_S = 8.0
-# Within this time the kernel cannot have used up its range of pids and come round again.
-_NO_WRAP_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,34 +62,6 @@ class Survivor:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class StartMark:
-    """The moment before a group's first process, as the kernel's pid counter saw it."""
-
-    newest_pid: int | None
-    monotonic_s: float
-
-    @classmethod
-    def now(cls) -> StartMark:
-        return cls(procfs.newest_pid(), time.monotonic())
-
-    def pids_since(self, ours: int) -> list[int] | None:
-        """The pids given out since, as far as they are in use; None if that cannot be told.
-
-        Args:
-            ours: how many processes we have started ourselves since. If the counter has moved
-                by just that many, nobody else has started anything, and nothing is listed.
-        """
-        newest = procfs.newest_pid()
-        if newest is None or self.newest_pid is None or newest < self.newest_pid:
-            return None
-        if time.monotonic() - self.monotonic_s > _NO_WRAP_S:
-            return None
-        if newest - self.newest_pid <= ours:
-            return []
-        return [pid for pid in procfs.all_pids() if self.newest_pid < pid <= newest]
-
-
 class Cleanup:
     """Ends one group. Made before the first process starts; :meth:`run` is called once.
 
@@ -114,13 +87,14 @@ class Cleanup:
         self._leaders = leaders
         self._adopts = adopts
         self._before_kill = before_kill
-        self._mark = StartMark.now()
+        self._newcomers = Newcomers()
         self._handlers: Sequence[SubprocessHandler] = ()
         self._wake = asyncio.Event()
         self._deadline = float("inf")
         self._signal = 0
         self._refused: dict[int, str] = {}
         self._hurried = False
+        self._resuming: asyncio.TimerHandle | None = None
         self._look: asyncio.Timeout | None = None
         # Descendants, by pid and start time, that were seen while their parents still lived.
         self._family: set[tuple[int, int]] = set()
@@ -131,6 +105,10 @@ class Cleanup:
         # The group's own cgroup, where one has been delegated to us.
         self.cgroup: OwnCgroup | None = None
         self.running = False
+
+    def note_forks(self) -> None:
+        """To be called once, soon after the start, of a group that goes on: see `Newcomers`."""
+        self._newcomers.note_forks()
 
     def woken_by_exit(self) -> None:
         """To be called when the last worker has exited."""
@@ -161,10 +139,7 @@ class Cleanup:
         """
         self._handlers, self.running = handlers, True
         self._deadline = time.monotonic() + grace_s
-        # Now, while parents live: a child that has wiped its environment is known by them alone.
-        table, _ = self._table()
-        known = [h.pid for h in handlers if h.running] + [e.pid for e in self._stragglers()]
-        self._family = {(pid, table[pid].start_ticks) for pid in _descendants(known, table)}
+        self._family = self._descendants_of_workers()
         if self._somebody_left():
             self._signal_groups(sig)
             if not await self._groups_gone():
@@ -173,8 +148,19 @@ class Cleanup:
                 self._signal_groups(signal.SIGKILL)
                 self._deadline = time.monotonic() + KILL_WAIT_S
                 await self._groups_gone()
+        if self._resuming is not None:
+            self._resuming.cancel()
         await self._sweep(sig)
         return self._survivors()
+
+    def _descendants_of_workers(self) -> set[tuple[int, int]]:
+        # Now, while parents live: a child that has wiped its environment is known by them alone.
+        known = [h.pid for h in self._handlers if h.running]
+        known += [entry.pid for entry in self._stragglers()]
+        if not known:
+            return set()
+        table, _ = self._table()
+        return {(pid, table[pid].start_ticks) for pid in _descendants(known, table)}
 
     async def _last_look(self) -> None:
         workers_run = any(handler.running for handler in self._handlers)
@@ -198,9 +184,18 @@ class Cleanup:
 
     def _signal_groups(self, sig: int) -> None:
         self._signal = sig
+        self._tell(lambda handler: handler.close(sig, resume=False))
+        if sig != signal.SIGKILL:
+            # Hardly ever is anybody stopped, and most are gone in a moment: nobody waits for
+            # us to ask those, too.
+            self._resuming = asyncio.get_running_loop().call_later(
+                _RESUME_S, self._tell, SubprocessHandler.resume
+            )
+
+    def _tell(self, what: Callable[[SubprocessHandler], object]) -> None:
         for handler in self._handlers:
             try:
-                handler.close(sig)
+                what(handler)
             except PermissionError:
                 self._refused[handler.pid] = "we may not signal it (EPERM)"
 
@@ -330,31 +325,34 @@ class Cleanup:
         """
         table, ended = self._table()
         inside = set(self.cgroup.pids()) if self.cgroup is not None else set()
-        workers = {h.pid for h in self._handlers if h.running}
         sessions = self._living_sessions()
         ours = {
             entry.pid
             for entry in table.values()
-            if entry.pid in workers
-            or entry.pid in inside
+            if entry.pid in inside
             or entry.session in sessions
             or (entry.pid, entry.start_ticks) in self._family
             or procfs.environment_holds(entry.pid, self._token)
             or (self._adopts is not None and self._is_adopted(entry))
         }
-        ours |= _descendants(ours, table)
-        return [table[pid] for pid in sorted(ours - workers - self._refused.keys())], ended
+        workers = {h.pid for h in self._handlers if h.running}
+        ours |= _descendants(ours | workers, table)
+        return [table[pid] for pid in sorted(ours - self._refused.keys())], ended
 
     def _table(self) -> tuple[dict[int, procfs.ProcessEntry], set[int]]:
         """The living processes that may be ours: all that have been started since the group.
 
-        And the pids of those that have ended, as zombies or while we looked.
+        But for the workers that run. And the pids of those that have ended, as zombies or while
+        we looked.
         """
-        started = len(self._handlers) + len(self.helpers)
-        candidates = self._mark.pids_since(started) if started else None
-        pids = procfs.all_pids() if candidates is None else candidates
-        table = {entry.pid: entry for entry in procfs.entries(pids)}
-        return table, set(pids) - table.keys()
+        pids = self._newcomers.pids() if self._handlers else None
+        if pids is None:
+            pids = procfs.all_pids()
+        # Their own lines tell nothing new, and they are most of those that have been started.
+        known = {h.pid for h in self._handlers if h.running}
+        unknown = [pid for pid in pids if pid not in known]
+        table = {entry.pid: entry for entry in procfs.entries(unknown)}
+        return table, set(unknown) - table.keys()
 
     def _living_sessions(self) -> set[int]:
         """Sessions whose leader is still the process that we mean."""

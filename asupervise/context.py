@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from asupervise.stacks import Stack
     from asupervise.streaming import LogStreams
 
-# When the guardian is told who the workers are; see `PContext._introduce_soon`.
-_INTRODUCTION_S = 0.05
+# When a group is no short-lived one any more; see `PContext._settle_soon`.
+_SETTLED_S = 0.05
 
 
 class PContext:
@@ -287,8 +287,7 @@ class PContext:
                 cgroup = self._cleanup.cgroup
                 with cgroup.entered() if cgroup else nullcontext():
                     await self._start_workers(streams)
-                if guardian is not None:
-                    stack.callback(self._introduce_soon(guardian).cancel)
+                stack.callback(self._settle_soon(guardian).cancel)
                 self._diagnosis.start()
                 self._started.set_result(None)
                 await self._ending.wait()
@@ -298,15 +297,17 @@ class PContext:
                 survivors = await run_in_any_case(self._end)
         return [str(survivor) for survivor in survivors]
 
-    def _introduce_soon(self, guardian: Guardian) -> asyncio.TimerHandle:
+    def _settle_soon(self, guardian: Guardian | None) -> asyncio.TimerHandle:
         # Not at once: a group that is over sooner need not pay for it, and until then the
         # workers have not had the time to overwrite the environment that they are known by.
-        def introduce() -> None:
+        def settle() -> None:
+            self._cleanup.note_forks()
             handlers = self._handlers.values()
             known = [procfs.read_entry(handler.pid) for handler in handlers if handler.running]
-            guardian.adopt((entry.pid, entry.start_ticks) for entry in known if entry)
+            if guardian is not None:
+                guardian.adopt((entry.pid, entry.start_ticks) for entry in known if entry)
 
-        return asyncio.get_running_loop().call_later(_INTRODUCTION_S, introduce)
+        return asyncio.get_running_loop().call_later(_SETTLED_S, settle)
 
     def _is_stranger(self, pid: int) -> bool:
         """Whether a child of this process is none that the group has started itself."""

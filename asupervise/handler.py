@@ -237,15 +237,24 @@ class SubprocessHandler:
         # we send now.
         return self.running and self._child is not None and not self._child.has_ended()
 
-    def close(self, death_sig: int = signal.SIGTERM) -> bool:
-        """Ask the whole group to end (see :meth:`send_signal`); a stopped one is continued."""
+    def close(self, death_sig: int = signal.SIGTERM, *, resume: bool = True) -> bool:
+        """Ask the whole group to end (see :meth:`send_signal`); a stopped one is continued.
+
+        Args:
+            death_sig: the signal.
+            resume: False where the caller will continue it, by :meth:`resume`.
+        """
         if self._may_be_changed():
             self._ended_with.add(death_sig)
             self._told_to_end_ns = self._told_to_end_ns or time.monotonic_ns()
         reached = self._send(death_sig)
-        if reached and death_sig != signal.SIGKILL:
-            self._send(signal.SIGCONT)
+        if reached and resume and death_sig != signal.SIGKILL:
+            self.resume()
         return reached
+
+    def resume(self) -> None:
+        """Continue what is stopped, so that it can answer a signal."""
+        self._send(signal.SIGCONT)
 
     def abandon(self) -> None:
         """Wait no longer for a process that even SIGKILL did not end."""

@@ -136,11 +136,9 @@ def parse_limit(text: str) -> int | None:
 
 def parse_value(text: str, key: str) -> int | None:
     """The number after `key` in lines of ``key value``, ``key: value`` or ``key: value kB``."""
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) >= 2 and words[0].rstrip(":") == key and _NUMBER.fullmatch(words[1]):
-            return int(words[1])
-    return None
+    # Not line by line: /proc/vmstat has 190 of them, and is read before each group.
+    found = re.search(rf"^{re.escape(key)}:?[ \t]+([0-9]{{1,20}})(?:\s|$)", text, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def memory_of(pid: int | str, root: str = "/") -> MemoryUse | None:

@@ -118,6 +118,19 @@ def newest_pid() -> int | None:
     return int(text.split()[-1]) if text else None
 
 
+def total_forks() -> int | None:
+    """How many processes and threads have been started since boot, in all pid namespaces."""
+    text = _read("/proc/stat") or b""
+    start = text.find(b"\nprocesses ")
+    return int(text[start:].split(None, 2)[1]) if start >= 0 else None
+
+
+def pid_limit() -> int:
+    """Where the kernel begins anew with small pids; the least that it may be, if unknown."""
+    text = _read("/proc/sys/kernel/pid_max")
+    return int(text) if text else 32_768
+
+
 def group_exists(process_group: int) -> bool:
     """Whether the group has a member left, living or unreaped (kill(2) with signal 0)."""
     try:

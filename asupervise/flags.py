@@ -354,7 +354,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag(
             "--memory-sample-interval",
             "How often to look at the workers' memory, which the report of a SIGKILL tells; "
-            "0: never (default: 30).",
+            "soon at first, then at this interval; 0: never (default: 600).",
             _seconds,
             "SECONDS",
             ours=True,

@@ -12,6 +12,8 @@ from asupervise import procfs
 
 _MIB = 1 << 20
 _FIRST_SAMPLE_S = 0.1
+# Each interval is so many times the one before: five looks in the first ten minutes.
+_SELDOMER = 10
 _NUMBER = re.compile(r"[0-9]{1,20}")
 # proc(5), /proc/pid/status: neighbours since both are there (Linux 2.6).
 _RESIDENT = re.compile(r"^VmHWM:\s+([0-9]{1,20}) kB\nVmRSS:\s+([0-9]{1,20}) kB$", re.MULTILINE)
@@ -226,7 +228,7 @@ class MemorySampler:
 
     def start(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._next_s, self._tick)
-        self._next_s = min(2 * self._next_s, self._interval_s)
+        self._next_s = min(_SELDOMER * self._next_s, self._interval_s)
 
     def stop(self) -> None:
         if self._timer is not None:

@@ -54,7 +54,7 @@ class LaunchOptions(NamedTuple):
     guardian: bool = True
 
     hang_timeout: float | None = None
-    memory_sample_interval: float = 30.0
+    memory_sample_interval: float = 600.0
 
     standalone: bool = False
     master_addr: str | None = None

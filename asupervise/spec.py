@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from asupervise.functions.spec import FunctionSpec
 
 DEFAULT_SHUTDOWN_TIMEOUT_S = 30.0
-# Seldom enough that 64 idle workers cost the supervisor a hundredth of a second a minute.
-DEFAULT_MEMORY_SAMPLE_INTERVAL_S = 30.0
+# Seldom enough that 64 idle workers cost the supervisor a thousandth of a second a minute; the
+# peak of a worker that is larger than its supervisor is told by the kernel in any case.
+DEFAULT_MEMORY_SAMPLE_INTERVAL_S = 600.0
 _START_METHODS = ("spawn", "fork", "forkserver")
 
 

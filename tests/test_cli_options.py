@@ -170,7 +170,7 @@ def test_defaults_are_those_of_torchrun() -> None:
     assert (options.rdzv_backend, options.rdzv_id, options.role) == ("static", "none", "default")
     assert (options.monitor_interval, options.start_method) == (0.1, "spawn")
     assert (options.shutdown_timeout, options.use_env) == (30.0, True)
-    assert (options.hang_timeout, options.memory_sample_interval) == (None, 30.0)
+    assert (options.hang_timeout, options.memory_sample_interval) == (None, 600.0)
     assert (options.forward_signals, options.guardian) == ((), True)
 
 
@@ -494,7 +494,7 @@ def test_what_watches_over_the_workers_is_handed_on() -> None:
     made = job("--no-guardian", "--hang-timeout", "5", "--memory-sample-interval", "0")
     names = ("guardian", "hang_timeout", "memory_sample_interval")
     assert [made.arguments[name] for name in names] == [False, 5.0, 0.0]
-    assert [job().arguments[name] for name in names] == [True, None, 30.0]
+    assert [job().arguments[name] for name in names] == [True, None, 600.0]
 
 
 def test_binding_is_handed_on() -> None:

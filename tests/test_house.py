@@ -72,7 +72,9 @@ ROOMS = {
     "binding": room("affinity errors placement topology"),
     "spec": room("errors logs", lazily="binding functions.spec"),
     "plan": room("logs spec worker", lazily="binding"),
-    "binder": room("errors spec", lazily="_compat binding functions.memory_policy topology", asynchronous=True),
+    "binder": room(
+        "errors spec", lazily="_compat binding functions.memory_policy topology", asynchronous=True
+    ),
     # Starting it, watching it, ending it.
     "_compat": room(asynchronous=True),
     "shielding": room(others="anyio", asynchronous=True),
@@ -86,14 +88,18 @@ ROOMS = {
     "stacks": room("_compat handler procfs worker", asynchronous=True),
     "diagnosis": room("_compat handler memory procfs", lazily="hang stacks", asynchronous=True),
     "files": room("plan worker", asynchronous=True),
-    "collect": room("_compat error_files failures files handler plan result work", asynchronous=True),
+    "collect": room(
+        "_compat error_files failures files handler plan result work", asynchronous=True
+    ),
     # Showing what it says.
     "console": room("framing", asynchronous=True),
     "tailing": room("console framing", others="aiofiles asyncinotify", asynchronous=True),
     "streaming": room("console framing plan tailing", asynchronous=True),
     "functions.__init__": room(),
     "functions.frames": room(),
-    "functions.running": room("error_handler functions.frames", others="cloudpickle", asynchronous=True),
+    "functions.running": room(
+        "error_handler functions.frames", others="cloudpickle", asynchronous=True
+    ),
     "functions.bootstrap": room("functions.running"),
     "functions.memory_policy": room(),
     "functions.zygote_main": room("functions.running worker", lazily="functions.memory_policy"),
@@ -102,13 +108,22 @@ ROOMS = {
     "functions.payload": room("errors functions.frames functions.running", others="cloudpickle"),
     "functions.environment": room(),
     "functions.results": room("functions.frames", asynchronous=True),
-    "functions.zygote": room("_compat cleanup errors functions.interpreter functions.payload"
-        " functions.zygote_main guardian handler plan procfs shielding", asynchronous=True),
-    "functions.work": room("_compat functions.environment functions.payload functions.results functions.spec"
-        " functions.zygote handler plan"),
+    "functions.zygote": room(
+        "_compat cleanup errors functions.interpreter functions.payload"
+        " functions.zygote_main guardian handler plan procfs shielding",
+        asynchronous=True,
+    ),
+    "functions.work": room(
+        "_compat functions.environment functions.payload functions.results functions.spec"
+        " functions.zygote handler plan"
+    ),
     # One group on one node.
-    "context": room("_compat cgroups cleanup collect diagnosis files guardian handler plan procfs"
-        " result shielding spec subreaper work", lazily="stacks streaming", asynchronous=True),
+    "context": room(
+        "_compat cgroups cleanup collect diagnosis files guardian handler plan procfs"
+        " result shielding spec subreaper work",
+        lazily="stacks streaming",
+        asynchronous=True,
+    ),
     "procs": room("binder context files logs plan spec work", lazily="binding functions.zygote"),
     # The command line. What it does not need to say "usage: ..." it imports when it does.
     "flags": room(),
@@ -116,7 +131,11 @@ ROOMS = {
     "job": room("cpus environ options", lazily="binding logs procs topology"),
     "dryrun": room("job plan", lazily="binding"),
     "signals": room(lazily="procs", asynchronous=True),
-    "cli": room("errors options", lazily="dryrun error_handler failures job procs result signals", asynchronous=True),
+    "cli": room(
+        "errors options",
+        lazily="dryrun error_handler failures job procs result signals",
+        asynchronous=True,
+    ),
     "__main__": room("cli"),
     # Names only: resolved at first use.
     "__init__": room(),

@@ -349,13 +349,13 @@ async def test_looks_become_rarer_and_an_error_does_not_end_them(
         raise ValueError("a look goes wrong")
 
     monkeypatch.setattr(loop, "call_later", call_later)
-    sampler = MemorySampler(look, 1.0)
+    sampler = MemorySampler(look, 50.0)
     sampler.start()
     for _ in range(6):
         with pytest.raises(ValueError, match="goes wrong"):
             ticks[-1]()
     sampler.stop()
-    assert due == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
+    assert due == [0.1, 1.0, 10.0, 50.0, 50.0, 50.0, 50.0]
 
 
 def timers() -> list[asyncio.TimerHandle]:

@@ -21,12 +21,17 @@ from anyio.abc import TaskGroup
 from asupervise.console import Console, Consoles
 from asupervise.framing import LineFilter, LineFramer, Picked
 from asupervise.plan import GroupPlan, WorkerPlan
-from asupervise.tailing import BLOCK_BYTES, Tailer, Watches
+from asupervise.tailing import BLOCK_BYTES, Tailer
+from asupervise.watches import Watches
 
 _THREADS = 4
-# A file is watched so long after its worker's start: a program takes longer to say something,
-# and one that is over by then is not worth a watch. (To close the last of them takes up to 10 ms.)
+# Files are watched so long after the last worker's start: a program takes longer to say something,
+# and one that is over by then is not worth a watch.
 _SOON_S = 0.01
+# And at the latest so long after the first one's, however many there are to be started.
+_LATEST_S = 0.1
+# To watch a file takes 30 us: after so many of them others have their turn of the loop.
+_WATCHED_AT_ONCE = 32
 
 
 class Threads(ThreadPoolExecutor):
@@ -182,8 +187,11 @@ class LogStreams:
         self._hub = hub
         self._group = group
         self._sources: dict[Tailer, _Source] = {}
+        self._loop = asyncio.get_running_loop()
+        # Those that are not watched yet, and when the last of them was added.
         self._new: list[Tailer] = []
-        self._soon: asyncio.TimerHandle | None = None
+        self._last_new_s = 0.0
+        self._watching: anyio.CancelScope | None = None
         self._warnings: list[str] = []
         self._streams: dict[str, _Stream] = {}
         logs = plan.logs
@@ -221,14 +229,36 @@ class LogStreams:
             self._warn(path, exc)
             return
         self._new.append(tailer)
-        if self._soon is None:
-            self._soon = asyncio.get_running_loop().call_later(_SOON_S, self._follow_new)
+        self._last_new_s = self._loop.time()
+        if self._watching is None:
+            self._watching = anyio.CancelScope()
+            self._group.start_soon(self._watch_new, self._watching, self._last_new_s)
 
-    def _follow_new(self) -> None:
-        self._soon = None
-        new, self._new = self._new, []
-        for tailer in new:
+    async def _watch_new(self, scope: anyio.CancelScope, first_new_s: float) -> None:
+        """Watch the new files, as soon as that is worth it."""
+        with scope:
+            delay_s = self._until_worth_it(first_new_s)
+            while delay_s > 0:
+                await asyncio.sleep(delay_s)
+                # Those that were started meanwhile put it off.
+                delay_s = self._until_worth_it(first_new_s)
+            await self._hub.watches.prepare()
+            while self._new:
+                for tailer in self._new[:_WATCHED_AT_ONCE]:
+                    self._watch(tailer)
+                del self._new[:_WATCHED_AT_ONCE]
+                await asyncio.sleep(0)
+            self._watching = None
+
+    def _watch(self, tailer: Tailer) -> None:
+        try:
             tailer.follow()
+        except OSError as exc:
+            self._warn(tailer.path, exc)
+
+    def _until_worth_it(self, first_new_s: float) -> float:
+        due = min(self._last_new_s + _SOON_S, first_new_s + _LATEST_S)
+        return due - self._loop.time()
 
     def _tailer(self, path: str, source: _Source) -> Tailer:
         stream, worker = source.stream, source.worker
@@ -264,7 +294,7 @@ class LogStreams:
         # The worker's own descriptor stays with its first file for good. Of those that somebody
         # has put there since, only the newest is written to.
         if source.succeeds:
-            asyncio.get_running_loop().call_soon(tailer.stop)
+            self._loop.call_soon(tailer.stop)
         return True
 
     async def _run(self, tailer: Tailer) -> None:
@@ -281,9 +311,11 @@ class LogStreams:
 
     def stop(self) -> None:
         """Let every tailer end once it has shown all that is in its file now."""
-        if self._soon is not None:
-            self._soon.cancel()
-            self._soon = None
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._hub.users == 1:
+            # Whoever has been told to stop waits for nothing more.
+            self._hub.watches.release(self._hub.threads)
         for tailer in list(self._sources):
             tailer.stop()
 

@@ -12,18 +12,15 @@ import enum
 import io
 import os
 import stat
-import struct
-import sys
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
 from functools import cache
 from typing import Any, Protocol
 
-from aiofiles.threadpool import wrap as async_file
-
 from asupervise.console import Console
 from asupervise.framing import Framed, LineFramer
+from asupervise.watches import Watches
 
 BLOCK_BYTES = 256 * 1024
 # What has only just been written is in memory still: so much of it is read without a thread.
@@ -35,215 +32,6 @@ _STREAM_S = 0.05
 IDLE_S = 0.5
 # A progress bar is shown again after this long at the earliest: each time is a line of its own.
 PROGRESS_S = 5.0
-# Only where the kernel has no inotify for us (not Linux, or its limits are reached).
-POLL_S = 0.05
-
-# struct inotify_event without its name: watch, mask, cookie, length of the name.
-_EVENT = struct.Struct("iIII")
-_EVENTS_BYTES = 64 * 1024
-
-
-class Watched(Protocol):
-    """Who waits for changes of a file.
-
-    Attributes:
-        fd: the open file.
-        path: where it was opened.
-    """
-
-    fd: int
-    path: str
-
-    def changed(self) -> bool:
-        """Called in the event loop when it has; False if nobody waits for more just now."""
-
-
-class InotifyWatches:
-    """Watches on one inotify instance, read in the event loop.
-
-    A watch lasts for as long as each of its events finds somebody waiting. The first that does
-    not ends it: a worker that writes without pause causes no events, because its tailer is busy
-    reading. One that writes now and then costs one event each time, and no system call else.
-
-    Raises:
-        OSError: if the kernel grants no (more) inotify instance.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        import asyncinotify
-
-        self._inotify = asyncinotify.Inotify()
-        self._fd = self._inotify.fd
-        # So that reading in a callback of the loop can never wait.
-        os.set_blocking(self._fd, False)
-        mask = asyncinotify.Mask
-        # ATTRIB comes with unlink and rename-over (the link count), MOVE_SELF with rename.
-        self._file_mask = mask.MODIFY | mask.ATTRIB | mask.MOVE_SELF
-        self._folder_mask = mask.CREATE | mask.MOVED_TO
-        self._ended, self._overflow = int(mask.IGNORED), int(mask.Q_OVERFLOW)
-        self._waiting: dict[int, list[Watched]] = {}
-        self._file_watches: dict[Watched, Any] = {}
-        self._folder_watches: dict[Watched, Any] = {}
-        self._loop = loop
-        loop.add_reader(self._fd, self._dispatch)
-
-    def arm(self, who: Watched) -> None:
-        """Call `who.changed()` when its file changes, until that returns False.
-
-        Raises:
-            OSError: if the kernel grants no (more) watches.
-        """
-        if who not in self._file_watches:
-            # By its descriptor: a file that was moved or deleted is still written to.
-            watch = self._add(f"/proc/self/fd/{who.fd}", self._file_mask, who)
-            self._file_watches[who] = watch
-
-    def arm_folder(self, who: Watched) -> None:
-        """Likewise when something appears in the folder of its path.
-
-        Raises:
-            OSError: likewise, or if there is no such folder any more.
-        """
-        if who not in self._folder_watches:
-            watch = self._add(os.path.dirname(who.path) or ".", self._folder_mask, who)
-            self._folder_watches[who] = watch
-
-    def _add(self, path: str, mask: Any, who: Watched) -> Any:
-        # One file or folder is one watch, whoever asks.
-        watch = self._inotify.add_watch(path, mask)
-        self._waiting.setdefault(watch.wd, []).append(who)
-        return watch
-
-    def forget(self, who: Watched) -> None:
-        for watches in (self._file_watches, self._folder_watches):
-            if who in watches:
-                self._drop(watches.pop(who), who)
-
-    def _drop(self, watch: Any, who: Watched) -> None:
-        waiting = self._waiting[watch.wd]
-        waiting.remove(who)
-        if waiting:
-            return
-        del self._waiting[watch.wd]
-        try:
-            self._inotify.rm_watch(watch)
-        except OSError:
-            # EINVAL: the kernel has ended it, with the file.
-            pass
-
-    def _dispatch(self) -> None:
-        # Not with the library's reader, which takes ten times as long: a third of the time that
-        # a line needs to the console.
-        try:
-            events = os.read(self._fd, _EVENTS_BYTES)
-        except BlockingIOError:
-            return
-        position = 0
-        while position < len(events):
-            watch, mask, _, name_bytes = _EVENT.unpack_from(events, position)
-            position += _EVENT.size + name_bytes
-            if mask & self._overflow:
-                # Events were dropped: everybody looks for himself.
-                for other in list(self._waiting):
-                    self._fired(other)
-            if mask & self._ended:
-                # What its reader does then, and all that it does: else it would keep them all.
-                self._inotify._watches.pop(watch, None)
-            self._fired(watch, ended=bool(mask & self._ended))
-
-    def _fired(self, watch: int, *, ended: bool = False) -> None:
-        for who in self._waiting.get(watch, ())[:]:
-            if not who.changed() or ended:
-                self.forget(who)
-
-    async def close(self, threads: Executor) -> None:
-        self._loop.remove_reader(self._fd)
-        # The kernel may take 10 ms, until nobody can be looking at the watches any more.
-        await asyncio.shield(self._loop.run_in_executor(threads, self._inotify.close))
-
-
-class PollWatches:
-    """The fallback without inotify: wakes whoever has asked after `POLL_S` seconds.
-
-    This is the one place that polls. It runs only while somebody has asked.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._waiting: set[Watched] = set()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def arm(self, who: Watched) -> None:
-        self._waiting.add(who)
-        if self._timer is None:
-            self._timer = self._loop.call_later(POLL_S, self._tick)
-
-    def forget(self, who: Watched) -> None:
-        self._waiting.discard(who)
-
-    def _tick(self) -> None:
-        self._timer = None
-        waiting, self._waiting = self._waiting, set()
-        for who in waiting:
-            who.changed()
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-
-class Watches:
-    """Inotify's watches, and the fallback for what they do not cover."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._polling = PollWatches(loop)
-        self._inotify: InotifyWatches | None = None
-        self._has_inotify = sys.platform == "linux"
-
-    def arm(self, who: Watched) -> None:
-        """Call `who.changed()` when its open file changes, until that returns False."""
-        try:
-            if (inotify := self._opened()) is not None:
-                inotify.arm(who)
-                return
-        except OSError:
-            # ENOSPC: fs.inotify.max_user_watches is used up. Or there is no /proc.
-            pass
-        self._polling.arm(who)
-
-    def arm_folder(self, who: Watched) -> None:
-        """Likewise when something appears where it was opened."""
-        try:
-            if (inotify := self._opened()) is not None:
-                inotify.arm_folder(who)
-                return
-        except FileNotFoundError:
-            # The folder itself is gone, with whoever would have made a file there.
-            return
-        except OSError:
-            pass
-        self._polling.arm(who)
-
-    def _opened(self) -> InotifyWatches | None:
-        # At its first use: a group that is over at once has none.
-        if self._inotify is None and self._has_inotify:
-            try:
-                self._inotify = InotifyWatches(self._loop)
-            except OSError:
-                # EMFILE: fs.inotify.max_user_instances is used up by other programs.
-                self._has_inotify = False
-        return self._inotify
-
-    def forget(self, who: Watched) -> None:
-        if self._inotify is not None:
-            self._inotify.forget(who)
-        self._polling.forget(who)
-
-    async def close(self, threads: Executor) -> None:
-        self._polling.close()
-        if self._inotify is not None:
-            await self._inotify.close(threads)
 
 
 class Sideline(Protocol):
@@ -329,10 +117,11 @@ class Tailer:
         self._on_replaced: Callable[[Tailer], bool] | None = on_replaced
         self._sideline = sideline
         self._idle_s = IDLE_S / 5 if prompts else IDLE_S
-        self._raw = io.FileIO(path)
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # The same as a file object, and as one of aiofiles', once it has been read in a thread.
+        self._raw: io.FileIO | None = None
         self._file: Any = None
         self._read_flags: int | None = getattr(os, "RWF_NOWAIT", None)
-        self.fd = self._raw.fileno()
         self._position = 0
         # Where to stop reading, once `stop` has been called.
         self._end: int | None = None
@@ -373,8 +162,14 @@ class Tailer:
 
     def close(self) -> None:
         """Let go of the file."""
+        if self.fd < 0:
+            return
         self._watches.forget(self)
-        self._raw.close()
+        fd, self.fd = self.fd, -1
+        if self._raw is None:
+            os.close(fd)
+        else:
+            self._raw.close()
 
     def _run_soon(self) -> None:
         self._started = True
@@ -384,31 +179,34 @@ class Tailer:
         """Ask to be woken, unless there is something to do already."""
         self._watches.arm(self)
         # Only now: whatever happened between the last look and the arming woke nobody.
+        ours = os.fstat(self.fd)
         if self._on_replaced is not None:
-            self._look_for_successor()
-        return not self._unread()
+            self._look_for_successor(ours)
+        return not self._unread_of(ours)
 
     def _unread(self, fd: int | None = None) -> int:
         """How much there is to read; negative if the file was truncated. Needs no disk."""
-        size = os.fstat(self.fd if fd is None else fd).st_size
+        return self._unread_of(os.fstat(self.fd if fd is None else fd))
+
+    def _unread_of(self, ours: os.stat_result) -> int:
+        size = ours.st_size
         if self._end is not None and size > self._end:
             size = self._end
         return size - self._position
 
-    def _look_for_successor(self) -> None:
-        there = self._look()
+    def _look_for_successor(self, ours: os.stat_result) -> None:
+        there = self._look(ours)
         if there is _Place.EMPTY:
             self._watches.arm_folder(self)
-            there = self._look()
+            there = self._look(ours)
         if there is _Place.TAKEN and self._on_replaced is not None and self._on_replaced(self):
             self._on_replaced = None
 
-    def _look(self) -> _Place:
+    def _look(self, ours: os.stat_result) -> _Place:
         try:
             there = os.stat(self.path)
         except OSError:
             return _Place.EMPTY
-        ours = os.fstat(self.fd)
         if (there.st_ino, there.st_dev) == (ours.st_ino, ours.st_dev):
             return _Place.OURS
         return _Place.TAKEN if stat.S_ISREG(there.st_mode) else _Place.EMPTY
@@ -466,12 +264,11 @@ class Tailer:
         try:
             # Ours is closed if we are cancelled, and its number then given to another file.
             with open(os.dup(self.fd), "rb", buffering=0) as file:
-                while (unread := self._unread(file.fileno())) > 0 and time.monotonic() < due:
-                    data = os.pread(file.fileno(), min(unread, BLOCK_BYTES), self._position)
+                fd = file.fileno()
+                while (unread := self._unread(fd)) > 0 and time.monotonic() < due:
+                    data = os.pread(fd, min(unread, BLOCK_BYTES), self._position)
                     self._position += len(data)
-                    if self._sideline is not None and (
-                        work := self._sideline.feed(data, file.fileno())
-                    ):
+                    if self._sideline is not None and (work := self._sideline.feed(data, fd)):
                         work()
                     if (framed := self._framer.feed(data)) is not None:
                         yield framed
@@ -482,11 +279,19 @@ class Tailer:
     async def _read(self, unread: int) -> bytes:
         data = self._read_at_once(unread) if unread <= _AT_ONCE_BYTES else b""
         if not data:
-            self._raw.seek(self._position)
-            if self._file is None:
-                self._file = async_file(self._raw, executor=self._threads)
-            data = await self._file.read(min(unread, BLOCK_BYTES))
+            data = await self._read_in_thread(min(unread, BLOCK_BYTES))
         self._position += len(data)
+        return data
+
+    async def _read_in_thread(self, size: int) -> bytes:
+        if self._raw is None:
+            # Imported here: who says little is read without.
+            from aiofiles.threadpool import wrap
+
+            self._raw = io.FileIO(self.fd)
+            self._file = wrap(self._raw, executor=self._threads)
+        self._raw.seek(self._position)
+        data: bytes = await self._file.read(size)
         return data
 
     def _read_at_once(self, unread: int) -> bytes:

@@ -93,8 +93,9 @@ ROOMS = {
     ),
     # Showing what it says.
     "console": room("framing", asynchronous=True),
-    "tailing": room("console framing", others="aiofiles asyncinotify", asynchronous=True),
-    "streaming": room("console framing plan tailing", asynchronous=True),
+    "watches": room(others="asyncinotify", asynchronous=True),
+    "tailing": room("console framing watches", others="aiofiles", asynchronous=True),
+    "streaming": room("console framing plan tailing watches", others="anyio", asynchronous=True),
     "functions.__init__": room(),
     "functions.frames": room(),
     "functions.running": room(

@@ -29,7 +29,8 @@ from asupervise import (
 from asupervise.logs import LogsDest
 from asupervise.plan import GroupPlan, WorkerPlan
 from asupervise.streaming import FilteredLog, open_streams
-from asupervise.tailing import InotifyWatches, Tailer
+from asupervise.tailing import Tailer
+from asupervise.watches import InotifyWatches
 
 ROOT = Path(__file__).resolve().parent.parent
 CEILING_S = 40.0
@@ -320,6 +321,94 @@ async def test_what_ends_at_once_is_shown(tmp_path: Path) -> None:
     assert lines == sorted(b"[w%d]:a" % rank for rank in range(16))
 
 
+async def test_what_ends_before_it_is_watched_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_SOON_S", CEILING_S)
+    monkeypatch.setattr(streaming, "_LATEST_S", CEILING_S)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("watched")
+
+    monkeypatch.setattr(InotifyWatches, "__init__", refuse)
+    with shown_in(tmp_path / "console"):
+        await run("echo a", "echo b; true", "true")
+    lines = sorted((tmp_path / "console").read_bytes().splitlines())
+    assert lines == [b"[w0]:a", b"[w1]:b"]
+
+
+async def test_the_first_is_watched_while_others_are_still_being_started(
+    reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_SOON_S", CEILING_S)
+    monkeypatch.setattr(streaming, "_LATEST_S", 0.0)
+    with contextlib.redirect_stdout(reader.stream):
+        async with starting("echo a; exec sleep 60", "exec sleep 60") as ctx:
+            await reader.until_shown(b"[w0]:a\n")
+            await ctx.close()
+
+
+async def test_many_are_watched_while_the_loop_goes_round(
+    reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_WATCHED_AT_ONCE", 2)
+    with contextlib.redirect_stdout(reader.stream):
+        async with starting(*["echo a; exec sleep 60"] * 5) as ctx:
+            for rank in range(5):
+                await reader.until_shown(b"[w%d]:a\n" % rank)
+            await ctx.close()
+
+
+async def test_a_group_begins_while_the_last_one_ends(reader: Reader) -> None:
+    """It has to be woken although the other one has let go of the watches that they share."""
+    with contextlib.redirect_stdout(reader.stream):
+        async with starting("echo a; exec sleep 60") as old:
+            await reader.until_shown(b"[w0]:a\n")
+            closing = asyncio.create_task(old.close())
+            async with starting("echo b; exec sleep 60") as new:
+                await reader.until_shown(b"[w0]:b\n")
+                await closing
+                await new.close()
+
+
+LOADED_BY_A_RUN = """
+import asyncio, os, sys, threading
+from asupervise import DefaultLogsSpecs, Std, start_processes
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name in ("asyncinotify", "anyio", "aiofiles"):
+            by = "loop" if threading.current_thread() is threading.main_thread() else "thread"
+            print(name, by, file=sys.stderr)
+
+sys.meta_path.insert(0, Finder())
+
+async def run():
+    specs = DefaultLogsSpecs(tee=Std.OUT)
+    reading, writing = os.pipe()
+    sys.stdout = os.fdopen(writing, "w")
+    os.set_blocking(reading, False)
+    shown = asyncio.Event()
+    asyncio.get_running_loop().add_reader(reading, shown.set)
+    async with start_processes("w", ["sleep"], {0: (60,)}, {0: {}}, specs):
+        async with start_processes(
+            "w", ["sh", "-c"], {0: ("echo a; exec sleep 60",)}, {0: {}}, specs
+        ):
+            await shown.wait()
+
+asyncio.run(run())
+"""
+
+
+def test_what_a_run_with_little_output_loads() -> None:
+    """The watches in a thread, because that takes 15 ms; aiofiles not before it is needed."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED_BY_A_RUN], cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b"anyio loop\nasyncinotify thread\n"
+
+
 async def test_silent_workers_cost_no_thread_and_no_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -598,7 +687,7 @@ async def test_tailers_that_are_cancelled_before_their_first_step(tmp_path: Path
             streams.stop()
             for task in asyncio.all_tasks() - others:
                 task.cancel()
-    assert tailer._raw.closed
+    assert tailer.fd < 0
     # anyio's wrapper of the task warns, when it goes.
     gc.collect()
 
@@ -623,16 +712,17 @@ async def test_a_log_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Mon
 async def test_no_descriptor_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then the start fails, with the one error, and nothing is left (see conftest.py)."""
     opened = 0
+    real = os.open
 
-    class Opening(io.FileIO):
-        def __init__(self, path: str) -> None:
-            nonlocal opened
+    def opening(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        nonlocal opened
+        if str(path).endswith(".log") and not flags & os.O_WRONLY:
             opened += 1
             if opened > 9:
                 raise OSError(errno.EMFILE, "Too many open files", path)
-            super().__init__(path)
+        return real(path, flags, *args, **options)
 
-    monkeypatch.setattr("asupervise.tailing.io.FileIO", Opening)
+    monkeypatch.setattr(os, "open", opening)
     with shown_in(tmp_path / "console"), pytest.raises(OSError, match="Too many open files"):
         await run(*["sleep 60"] * 16, specs=DefaultLogsSpecs(str(tmp_path / "logs"), tee=Std.ALL))
 

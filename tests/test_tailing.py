@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from asupervise import tailing
+from asupervise import tailing, watches
 from asupervise.framing import Framed, LineFramer
-from asupervise.tailing import InotifyWatches, PollWatches, Tailer, Watches
+from asupervise.tailing import Tailer
+from asupervise.watches import InotifyWatches, PollWatches, Watches
 
 CEILING_S = 30.0
 PREFIX = b"[w0]:"
@@ -683,7 +684,7 @@ async def test_dropped_events_wake_everybody(
     inotify: InotifyWatches, waiter: Waiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inotify.arm(waiter)
-    overflow = tailing._EVENT.pack(-1, inotify._overflow, 0, 0)
+    overflow = watches._EVENT.pack(-1, inotify._overflow, 0, 0)
     monkeypatch.setattr(os, "read", lambda *_: overflow)
     inotify._dispatch()
     monkeypatch.undo()
@@ -696,7 +697,7 @@ async def test_a_watch_that_the_kernel_ended_wakes_and_is_forgotten(
     """As when its file system is unmounted: IN_IGNORED without our doing."""
     inotify.arm(waiter)
     (watch,) = inotify._waiting
-    ended = tailing._EVENT.pack(watch, inotify._ended, 0, 0)
+    ended = watches._EVENT.pack(watch, inotify._ended, 0, 0)
     monkeypatch.setattr(os, "read", lambda *_: ended)
     inotify._dispatch()
     monkeypatch.undo()
@@ -722,6 +723,20 @@ async def test_two_in_one_folder_share_its_watch(
     assert inotify._waiting == {}
     for waiter in waiters:
         waiter.close()
+
+
+async def test_who_asks_after_all_were_let_go_of_is_woken(waiter: Waiter, log: Path) -> None:
+    watches = Watches(asyncio.get_running_loop())
+    with ThreadPoolExecutor(1) as threads:
+        for _ in range(3):
+            watches.arm(waiter)
+            append(log, b"x")
+            await waiter.wait()
+            watches.release(threads)
+        append(log, b"x")
+        watches.arm(waiter)
+        await watches.close(threads)
+    assert waiter.wakings == 3
 
 
 async def test_a_reader_of_events_never_waits(inotify: InotifyWatches) -> None:

@@ -23,7 +23,8 @@ test-torch: $(VENV)/.installed-torch  ## install torch, then run the tests that 
 chaos: $(VENV)/.installed-test  ## random groups, faults and endings (SEED=n, ROUNDS=300; random and shown)
 	$(PY) tests/chaos/run.py $(if $(SEED),--seed $(SEED)) --rounds $(or $(ROUNDS),300)
 
-bench: $(VENV)/.installed  ## how fast it is, beside its limits (BENCH_ARGS=--help says what there is)
+bench: $(VENV)/.installed  ## how fast it is, beside its peers and limits (BENCH_ARGS=--help)
+	$(PY) -m benchmarks.install_peers
 	$(PY) -m benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-test  ## ruff and mypy --strict
@@ -68,5 +69,5 @@ $(PY):
 	$(PYTHON) -m venv $(VENV)
 
 clean:  ## remove .venv and everything built or cached
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 from benchmarks.measure import (
@@ -19,21 +20,26 @@ from benchmarks.measure import (
     Sample,
     quantile,
 )
+from benchmarks.peers import Command, our_command
 from benchmarks.processes import PROGRAMS, running, wait_readable
 from benchmarks.topics import Setup, Topic
 
 _LIMIT = "inotify and read"
 _RANKS = 4
+_PEERS = ("torchrun", "mpirun", "parallel", "honcho")
 _BETWEEN_S = 0.02
 # The first lines come while other workers are still being started.
 _SETTLE_NS = 500_000_000
+
+# What stands before it differs from launcher to launcher.
+_STAMP = re.compile(rb"\d{9,}$")
 
 _MEDIAN = Metric("median", "ms", 3)
 _SLOWEST = Metric("99 %", "ms", 3)
 
 
-def _run(argv: Sequence[str], env: Mapping[str, str] | None = None) -> Sample:
-    with running(argv, stdout=subprocess.PIPE, env=env) as (process, _):
+def _run(command: Command) -> Sample:
+    with running(command.argv, stdout=subprocess.PIPE, env=command.env) as (process, _):
         assert process.stdout is not None
         delays = list(_delays(process.stdout.fileno()))
     if len(delays) < 20:
@@ -49,41 +55,36 @@ def _delays(fd: int, timeout_s: float = 30.0) -> Iterator[float]:
         now_ns = time.monotonic_ns()
         *lines, held = (held + data).split(b"\n")
         for line in lines:
-            written_ns = int(line.rpartition(b":")[2])
-            first_ns = first_ns or written_ns
-            if written_ns - first_ns > _SETTLE_NS:
-                yield (now_ns - written_ns) / 1e6
+            if match := _STAMP.search(line):
+                written_ns = int(match[0])
+                first_ns = first_ns or written_ns
+                if written_ns - first_ns > _SETTLE_NS:
+                    yield (now_ns - written_ns) / 1e6
 
 
 def _cases(setup: Setup) -> Iterator[Case]:
-    lines = 75 if setup.quick else 275
+    lines = 75 if setup.quick else 175
     worker = [
         *(sys.executable, "-I", "-S"),
         *(str(PROGRAMS / "tick.py"), str(lines), str(_BETWEEN_S)),
     ]
-    flags = ["--no-python", "--nproc-per-node", str(_RANKS), "--tee", "1"]
     tail = [sys.executable, str(PROGRAMS / "inotify_tail.py"), str(_RANKS), str(setup.scratch)]
     candidates = [
-        Candidate(_LIMIT, partial(_run, [*tail, *worker])),
-        Candidate(SUBJECT, partial(_run, [sys.executable, "-m", "asupervise", *flags, *worker])),
+        Candidate(_LIMIT, partial(_run, Command([*tail, *worker]))),
+        Candidate(SUBJECT, partial(_run, our_command(_RANKS, worker, tee=True))),
     ]
-    if setup.torchrun is not None:
-        torchrun = [str(setup.torchrun), *flags, *worker]
-        candidates += [
-            Candidate("torchrun", partial(_run, torchrun), rounds=2),
-            Candidate(
-                "torchrun, unbuffered",
-                partial(_run, torchrun, {"PYTHONUNBUFFERED": "1"}),
-                rounds=2,
-            ),
-        ]
+    for name, command in setup.peers.commands(_PEERS, _RANKS, worker, tee=True):
+        candidates.append(Candidate(name, partial(_run, command), rounds=2))
+        if name == "torchrun":
+            unbuffered = Command(command.argv, {**command.env, "PYTHONUNBUFFERED": "1"})
+            candidates.append(Candidate(f"{name}, unbuffered", partial(_run, unbuffered), rounds=2))
     yield Case(
         name=f"{_RANKS} ranks",
         metrics=[_MEDIAN, _SLOWEST],
         candidates=candidates,
         limit=_LIMIT,
         goals=[Goal(_MEDIAN.name, "<=", 0.3), Goal(_SLOWEST.name, "<=", 2)],
-        rounds=setup.rounds(5),
+        rounds=setup.rounds(4),
         warmups=0,
     )
 
@@ -95,4 +96,6 @@ TOPIC = Topic(
     limit="one thread in poll() on inotify, then read and write: two wake-ups of a process and "
     "the interpreter's few calls between",
     cases=_cases,
+    plots=(_MEDIAN.name, _SLOWEST.name),
+    notes=("torchrun, unbuffered: with PYTHONUNBUFFERED=1, without which it shows blocks.",),
 )

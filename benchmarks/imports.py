@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from benchmarks.measure import SUBJECT, Candidate, Case, Goal, Metric, Sample
+from benchmarks.measure import SUBJECT, Candidate, Case, Goal, MeasureError, Metric, Sample
 from benchmarks.processes import run_command
 from benchmarks.topics import Setup, Topic
 
@@ -21,6 +21,11 @@ _PEAK = Metric("peak memory", "MiB", 1)
 _SAY_PEAK = "; print(next(l.split()[1] for l in open('/proc/self/status') if l[:5] == 'VmHWM'))"
 # `import asupervise` alone imports next to nothing: names are resolved at first use.
 _USED = "import asupervise; asupervise.start_processes"
+# What only some runs need: binding, stacks, function workers, the command line.
+_SUPERFLUOUS = {
+    *(f"{SUBJECT}.{name}" for name in ("binding", "topology", "cpus", "stacks", "hang", "cli")),
+    *("argparse", "multiprocessing", "pickle", "pynvml", "torch"),
+}
 _IN_A_WORKER = "from asupervise import record"
 
 
@@ -34,26 +39,44 @@ def _command(argv: Sequence[str]) -> Sample:
 
 
 def _cases(setup: Setup) -> Iterator[Case]:
-    rounds = setup.rounds(21)
+    rounds = setup.rounds(17)
     floor = Candidate(_PYTHON, partial(_statement, "import sys"))
     limit = Candidate(_ASYNCIO, partial(_statement, "import asyncio"))
     yield Case(
         name="import",
+        group="import",
         metrics=[_WALL, _PEAK],
         candidates=[floor, limit, *_imports(setup)],
         limit=_ASYNCIO,
         goals=[Goal(_WALL.name, "<=", 1.6, against=_ASYNCIO)],
         rounds=rounds,
+        check=_check,
     )
     for flag in ("--help", "--version"):
         argv = [sys.executable, "-m", "asupervise", flag]
         yield Case(
             name=flag,
+            group="commands that start nothing",
             metrics=[_WALL],
-            candidates=[floor, limit, Candidate(SUBJECT, partial(_command, argv))],
+            candidates=[
+                floor,
+                limit,
+                Candidate(SUBJECT, partial(_command, argv)),
+                *_peers(flag, setup),
+            ],
             limit=_ASYNCIO,
             rounds=rounds,
         )
+
+
+def _check() -> str:
+    """Whether nothing is imported that a run of programs does not need."""
+    say = f"import sys; {_USED}; print(*sys.modules)"
+    modules = set(run_command([sys.executable, "-c", say], output=True).output.decode().split())
+    if superfluous := modules & _SUPERFLUOUS:
+        raise MeasureError(f"imported for nothing: {', '.join(sorted(superfluous))}")
+    ours = sum(name.startswith(SUBJECT) for name in modules)
+    return f"{len(modules)} modules, {ours} of them ours; none that a run of programs does not need"
 
 
 def _imports(setup: Setup) -> Iterator[Candidate]:
@@ -61,12 +84,19 @@ def _imports(setup: Setup) -> Iterator[Candidate]:
     yield Candidate(SUBJECT, partial(_statement, _USED))
     yield Candidate("import asupervise", partial(_statement, "import asupervise"))
     yield Candidate("import record", partial(_statement, _IN_A_WORKER))
-    if setup.torch_python is not None:
+    if setup.peers.torch_python is not None:
         statement = "import torch.distributed.run"
-        run = partial(_statement, statement, setup.torch_python)
-        yield Candidate("import torch's run", run, rounds=3)
-    elif setup.torchrun is not None:
-        setup.left_out.add("import torch.distributed.run: no python beside torchrun")
+        run = partial(_statement, statement, setup.peers.torch_python)
+        yield Candidate(statement, run, rounds=3, cold=True)
+
+
+def _peers(flag: str, setup: Setup) -> Iterator[Candidate]:
+    for name in ("torchrun", "mpirun", "parallel", "honcho"):
+        # torchrun knows no --version.
+        if name in setup.peers.paths and (name, flag) != ("torchrun", "--version"):
+            as_root = ["--allow-run-as-root"] if name == "mpirun" else []
+            argv = [str(setup.peers.paths[name]), *as_root, flag]
+            yield Candidate(name, partial(_command, argv), rounds=3, cold=True)
 
 
 TOPIC = Topic(
@@ -75,4 +105,5 @@ TOPIC = Topic(
     limit="`import asyncio`, without which there is no asyncio program; `python alone` is what "
     "the interpreter takes in any case",
     cases=_cases,
+    plots=(_WALL.name, _PEAK.name),
 )

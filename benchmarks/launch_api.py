@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,8 +16,14 @@ from benchmarks.processes import Resident, ms
 from benchmarks.topics import Setup, Topic
 
 _BARE = "bare asyncio"
+_BARE_FILES = "bare asyncio, to files"
+_SPAWN = "os.posix_spawn"
+_TORCH = "torch"
+_TORCH_AS_SHIPPED = "torch, polling once a second"
 _WALL = Metric("wall", "ms", 2)
 _SIZES = (1, 8, 32, 128, 1024)
+# Where output goes: to our console, to files, or to files and from there to our console.
+_OUTPUTS = {"console": {}, "redirect": {"redirects": 3}, "tee": {"tee": 3}}
 
 
 # --- inside the candidates' processes -------------------------------------------------------------
@@ -26,24 +34,39 @@ async def supervised(request: dict[str, Any]) -> Sample:
     from asupervise import DefaultLogsSpecs, Std, start_processes
 
     ranks = range(request["workers"])
-    logs = DefaultLogsSpecs(request["log_dir"], tee=Std(request["tee"]))
+    redirects, tee = (Std(request["masks"].get(name, 0)) for name in ("redirects", "tee"))
+    logs = DefaultLogsSpecs(request["log_dir"], redirects=redirects, tee=tee)
     start_ns = time.monotonic_ns()
     async with start_processes(
         "bench", "/bin/true", {rank: () for rank in ranks}, {rank: {} for rank in ranks}, logs
     ) as ctx:
         result = await ctx.wait()
     end_ns = time.monotonic_ns()
+    if result.is_failed():
+        raise RuntimeError("a worker has failed")
+    return _sample(start_ns, end_ns, request)
+
+
+def torch(request: dict[str, Any]) -> Sample:
+    from benchmarks import torch_api
+
+    args = {rank: () for rank in range(request["workers"])}
+    start_ns = time.monotonic_ns()
+    context = torch_api.start("/bin/true", args, request["log_dir"], **request["masks"])
+    result = torch_api.wait(context, request.get("period_s", torch_api.SHORT_PERIOD_S))
+    end_ns = time.monotonic_ns()
     if result is None or result.is_failed():
         raise RuntimeError("a worker has failed")
-    return {_WALL.name: ms(start_ns, end_ns)}
+    return _sample(start_ns, end_ns, request)
 
 
 async def bare(request: dict[str, Any]) -> Sample:
     from benchmarks.programs.bare_asyncio import run_all
 
+    folder = os.path.join(request["log_dir"], "bare") if request.get("to_files") else None
     start_ns = time.monotonic_ns()
-    await run_all(request["workers"], "/bin/true")
-    return {_WALL.name: ms(start_ns, time.monotonic_ns())}
+    await run_all(request["workers"], "/bin/true", folder=folder)
+    return _sample(start_ns, time.monotonic_ns(), request)
 
 
 def posix_spawn(request: dict[str, Any]) -> Sample:
@@ -54,7 +77,13 @@ def posix_spawn(request: dict[str, Any]) -> Sample:
     ]
     for pid in pids:
         os.waitpid(pid, 0)
-    return {_WALL.name: ms(start_ns, time.monotonic_ns())}
+    return _sample(start_ns, time.monotonic_ns(), request)
+
+
+def _sample(start_ns: int, end_ns: int, request: dict[str, Any]) -> Sample:
+    # Untimed, for everybody: thousands of files would slow down the rounds that follow.
+    shutil.rmtree(request["log_dir"], ignore_errors=True)
+    return {_WALL.name: ms(start_ns, end_ns)}
 
 
 # --- the comparison -------------------------------------------------------------------------------
@@ -62,32 +91,76 @@ def posix_spawn(request: dict[str, Any]) -> Sample:
 
 def _cases(setup: Setup) -> Iterator[Case]:
     with ExitStack() as stack:
-        limit, spawn, ours = (
-            stack.enter_context(Resident(f"launch_api:{function}"))
-            for function in ("bare", "posix_spawn", "supervised")
-        )
-        for tee in (0, 3):
+
+        def resident(function: str, python: str = sys.executable) -> Resident:
+            return stack.enter_context(Resident(f"launch_api:{function}", python=python))
+
+        residents = {
+            _BARE: resident("bare"),
+            _BARE_FILES: resident("bare"),
+            _SPAWN: resident("posix_spawn"),
+            SUBJECT: resident("supervised"),
+        }
+        if setup.peers.torch_python is not None:
+            residents[_TORCH] = resident("torch", setup.peers.torch_python)
+            residents[_TORCH_AS_SHIPPED] = residents[_TORCH]
+        for output in _OUTPUTS:
             for workers in _SIZES:
-                request = {"workers": workers, "tee": tee, "log_dir": str(setup.scratch)}
-                yield Case(
-                    name=f"N = {workers}, tee {'on' if tee else 'off'}",
-                    metrics=[_WALL],
-                    candidates=[
-                        Candidate(_BARE, partial(limit.ask, request)),
-                        Candidate("os.posix_spawn", partial(spawn.ask, request)),
-                        Candidate(SUBJECT, partial(ours.ask, request)),
-                    ],
-                    limit=_BARE,
-                    goals=[Goal(_WALL.name, "<=", 2 if tee else 1.3, against=_BARE)],
-                    rounds=setup.rounds(25 if workers < 1024 else 7),
-                    warmups=2,
-                )
+                yield _case(setup, residents, output, workers)
+
+
+def _case(setup: Setup, residents: dict[str, Resident], output: str, workers: int) -> Case:
+    request = {
+        "workers": workers,
+        "masks": _OUTPUTS[output],
+        "log_dir": str(setup.scratch / "launch_api"),
+    }
+    return Case(
+        name=f"N = {workers}, {output}",
+        group=f"output: {output}",
+        size=workers,
+        metrics=[_WALL],
+        candidates=list(_candidates(residents, output, request)),
+        limit=_BARE,
+        goals=list(_goals(output, workers)),
+        rounds=setup.rounds(15 if workers < 1024 else 3),
+        warmups=0 if workers == 1024 else 1 if setup.quick else 2,
+        budget_s=12.0,
+    )
+
+
+def _candidates(
+    residents: dict[str, Resident], output: str, request: dict[str, Any]
+) -> Iterator[Candidate]:
+    for name, resident in residents.items():
+        if name == _BARE_FILES and output != "console":
+            yield Candidate(name, partial(resident.ask, {**request, "to_files": True}))
+        elif name == _TORCH_AS_SHIPPED and request["workers"] == 8:
+            yield Candidate(name, partial(resident.ask, {**request, "period_s": 1.0}), rounds=2)
+        elif name == _TORCH:
+            few = 4 if request["workers"] < 1024 else 1
+            yield Candidate(name, partial(resident.ask, request), rounds=few)
+        elif name not in (_BARE_FILES, _TORCH_AS_SHIPPED):
+            yield Candidate(name, partial(resident.ask, request))
+
+
+def _goals(output: str, workers: int) -> Iterator[Goal]:
+    yield Goal(_WALL.name, "<=", 1.3 if output == "console" else 2, against=_BARE)
+    if output == "tee" and workers == 8:
+        yield Goal(_WALL.name, ">=", 10, against=_TORCH, inverse=True)
 
 
 TOPIC = Topic(
     name="launch_api",
-    title="start_processes() of N x /bin/true in a warm process, until the result is there",
+    title="start_processes() of N x /bin/true in a warm process, until the result is there; "
+    "output to the console, to files (redirect), or to files and the console (tee)",
     limit="create_subprocess_exec in new sessions, awaited by pidfd; os.posix_spawn and waitpid "
-    "show what the kernel's part of that is",
+    "show what the kernel's part of that is, and the same to two new files a worker what files "
+    "cost",
     cases=_cases,
+    plots=(_WALL.name,),
+    notes=(
+        "torch looks at its workers once a second; here, and in the other topics, it is told to "
+        "do so each millisecond, except where it says otherwise.",
+    ),
 )

@@ -26,10 +26,14 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 PROGRAMS: Final = Path(__file__).resolve().parent / "programs"
 
 TIMEOUT_S: Final = 60.0
-_GRACE_S: Final = 10.0
+_GRACE_S: Final = 3.0
+_GRACE_OF_THE_HUNG_S: Final = 0.5
 _MARK: Final = "ASUPERVISE_BENCHMARK"
 # What a candidate reads from the environment must not differ from machine to machine.
-_UNWANTED: Final = ("PET_", "PYTHON", "TORCHELASTIC_", "TORCH_", "OMP_")
+_UNWANTED: Final = (
+    *("PET_", "PYTHON", "TORCHELASTIC_", "TORCH_", "OMP_"),
+    *("OMPI_", "PMIX_", "PRTE_", "PARALLEL"),
+)
 
 _left: set[str] = set()
 
@@ -101,7 +105,7 @@ def _read(path: str) -> bytes:
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has ended with status 0."""
+    """A command that has ended."""
 
     wall_ms: float
     output: bytes
@@ -113,6 +117,8 @@ def run_command(
     timeout_s: float = TIMEOUT_S,
     env: Mapping[str, str] | None = None,
     output: bool = False,
+    stdout: int = subprocess.DEVNULL,
+    any_status: bool = False,
 ) -> Finished:
     """Run a whole command, and time it from before its start until it is reaped.
 
@@ -121,6 +127,8 @@ def run_command(
         timeout_s: after this it is ended.
         env: variables beside ours.
         output: whether its standard output (less than a pipe holds) is wanted.
+        stdout: where that goes otherwise.
+        any_status: whether it may fail.
 
     Raises:
         MeasureError: if it fails or takes too long.
@@ -128,17 +136,17 @@ def run_command(
     marked = Marked()
     environ = marked.environ(env)
     start_ns = time.monotonic_ns()
-    with _start(argv, environ, subprocess.PIPE if output else subprocess.DEVNULL) as process:
+    with _start(argv, environ, subprocess.PIPE if output else stdout) as process:
         ended = wait_readable(os.pidfd_open(process.pid), timeout_s, close=True)
         status = process.wait() if ended else None
         wall_ms = ms(start_ns, time.monotonic_ns())
         if status is None:
-            end_process(process)
+            end_process(process, _GRACE_OF_THE_HUNG_S)
         said = process.stdout.read() if process.stdout and ended else b""
     if status is None:
         marked.end(os.path.basename(argv[0]))
         raise MeasureError(f"not over after {timeout_s:g} s")
-    if status != 0:
+    if status != 0 and not any_status:
         raise MeasureError(f"exit status {status}")
     return Finished(wall_ms, said)
 
@@ -166,12 +174,12 @@ def wait_readable(fd: int, timeout_s: float, *, close: bool = False) -> bool:
             os.close(fd)
 
 
-def end_process(process: subprocess.Popen[bytes]) -> None:
+def end_process(process: subprocess.Popen[bytes], grace_s: float = _GRACE_S) -> None:
     """SIGTERM to its group, SIGKILL if that is not enough."""
     for sig in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sig)
-        if wait_readable(os.pidfd_open(process.pid), _GRACE_S, close=True):
+        if wait_readable(os.pidfd_open(process.pid), grace_s, close=True):
             break
     process.wait()
 
@@ -202,7 +210,8 @@ class Resident:
     """A warm process that runs one function of this package again and again, as asked.
 
     Each candidate has a process of its own: what one imports, allocates or leaves open is no
-    burden to another, and another interpreter (torch's) can be one as well.
+    burden to another, and another interpreter (torch's) can be one as well. It starts when it is
+    asked first, and afresh after it has failed.
 
     Args:
         function: ``module:function``, relative to this package; takes the request and returns
@@ -215,35 +224,47 @@ class Resident:
         self, function: str, *, stdout: int = subprocess.DEVNULL, python: str = sys.executable
     ) -> None:
         self._function = function
+        self._stdout = stdout
+        self._python = python
         self._marked = Marked()
-        self._replies, reply_fd = os.pipe()
-        self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.resident", function, str(reply_fd)],
-            env=self._marked.environ(),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=stdout,
-            pass_fds=(reply_fd,),
-            start_new_session=True,
-        )
-        os.close(reply_fd)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._replies = -1
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            self._replies, reply_fd = os.pipe()
+            self._process = subprocess.Popen(
+                [self._python, "-m", "benchmarks.resident", self._function, str(reply_fd)],
+                env=self._marked.environ(),
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=self._stdout,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(reply_fd,),
+                start_new_session=True,
+            )
+            os.close(reply_fd)
+        return self._process
 
     def ask(self, request: Mapping[str, Any], timeout_s: float = TIMEOUT_S) -> dict[str, float]:
         """Have the function run once.
 
         Raises:
-            MeasureError: if it fails or takes too long; it is not asked again then.
+            MeasureError: if it fails or takes too long.
         """
-        assert self._process.stdin is not None
+        process = self._started()
+        assert process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            raise MeasureError(f"{self._function} has ended") from None
-        reply: dict[str, Any] = json.loads(self._line(time.monotonic() + timeout_s) or b"{}")
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            reply: dict[str, Any] = json.loads(self._line(time.monotonic() + timeout_s) or b"{}")
+        except BrokenPipeError:
+            reply = {}
         if "error" in reply or not reply:
+            status = process.poll()
             self.close()
-            raise MeasureError(str(reply.get("error", f"{self._function}: no answer in time")))
+            nothing = "no answer in time" if status is None else f"ended with status {status}"
+            raise MeasureError(str(reply.get("error", f"{self._function}: {nothing}")))
         return reply
 
     def _line(self, deadline: float) -> bytes:
@@ -259,16 +280,16 @@ class Resident:
 
     def close(self) -> None:
         """End it, and whatever it has started. May be called again."""
-        if self._replies < 0:
+        process, self._process = self._process, None
+        if process is None:
             return
         os.close(self._replies)
-        self._replies = -1
-        assert self._process.stdin is not None
+        assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        if not wait_readable(os.pidfd_open(self._process.pid), _GRACE_S, close=True):
-            end_process(self._process)
-        self._process.wait()
+            process.stdin.close()
+        if not wait_readable(os.pidfd_open(process.pid), _GRACE_S, close=True):
+            end_process(process)
+        process.wait()
         self._marked.end(self._function)
 
     def __enter__(self) -> Resident:

@@ -1,34 +1,35 @@
-"""What came out: tables for people, JSON for programs."""
+"""What came out, as tables for a terminal; and the wording that the page shares with them."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import platform
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import asupervise
-from benchmarks.measure import Metric, Outcome, Summary
-from benchmarks.topics import Setup, Topic
+from benchmarks.documents import (
+    CaseDocument,
+    GoalDocument,
+    MetricDocument,
+    SummaryDocument,
+    TopicDocument,
+)
 
 _Row = tuple[str, str, str, str, str, str]
 _HEAD: _Row = ("case", "metric", "candidate", "median", "quartiles", "by the limit")
 _ALIGNED = "<<<>><"
 
 
-def table(topic: Topic, outcomes: Sequence[Outcome]) -> str:
+def table(topic: TopicDocument) -> str:
     """The figures of one topic, and what became of its goals."""
-    by_outcome = [_rows(outcome) for outcome in outcomes]
-    every = [_HEAD, *(row for rows in by_outcome for row in rows)]
+    by_case = [list(_rows(case)) for case in topic["cases"]]
+    every = [_HEAD, *(row for rows in by_case for row in rows)]
     widths = [max(len(row[column]) for row in every) for column in range(len(_HEAD))]
-    lines = [f"{topic.name}: {topic.title}", f"limit: {topic.limit}", "", _line(_HEAD, widths)]
-    for outcome, rows in zip(outcomes, by_outcome, strict=True):
+    lines = [f"{topic['name']}: {topic['title']}", f"limit: {topic['limit']}"]
+    lines += [f"note: {note}" for note in topic["notes"]]
+    lines += ["", _line(_HEAD, widths)]
+    for case, rows in zip(topic["cases"], by_case, strict=True):
         lines += [_line(row, widths) for row in rows]
-        lines += [f"  {remark}" for remark in _remarks(outcome)]
+        lines += [f"  {remark}" for remark in (*map(judged, case["goals"]), *remarks(case))]
+    if topic["failed"]:
+        lines.append(f"FAILED: {topic['failed']}")
     return "\n".join(lines) + "\n"
 
 
@@ -37,125 +38,77 @@ def _line(row: _Row, widths: Sequence[int]) -> str:
     return "  ".join(f"{cell:{aligned}{width}}" for cell, aligned, width in cells).rstrip()
 
 
-def _rows(outcome: Outcome) -> list[_Row]:
-    rows: list[_Row] = []
-    case = outcome.case.name
-    for metric in outcome.case.metrics:
-        named = f"{metric.name}, {metric.unit}" if metric.unit else metric.name
-        for candidate in outcome.case.candidates:
-            summary = Summary.of(outcome.figures(candidate.name, metric.name))
-            if summary is not None:
-                figures = _figures(outcome, candidate.name, metric, summary)
-                rows.append((case, named, candidate.name, *figures))
-                case = named = ""
-    return rows
+def _rows(case: CaseDocument) -> Iterator[_Row]:
+    name = case["name"]
+    for metric in case["metrics"]:
+        named = with_unit(metric)
+        for candidate, summary in case["summaries"][metric["name"]].items():
+            median = number(summary["median"], metric["digits"])
+            spread = quartiles(summary, metric["digits"])
+            yield name, named, candidate, median, spread, _by_limit(case, metric, candidate)
+            name = named = ""
 
 
-def _figures(
-    outcome: Outcome, candidate: str, metric: Metric, summary: Summary
-) -> tuple[str, str, str]:
-    return (
-        f"{summary.median:,.{metric.digits}f}",
-        _spread(summary, metric.digits),
-        _ratio(outcome, candidate, metric),
-    )
-
-
-def _ratio(outcome: Outcome, candidate: str, metric: Metric) -> str:
-    limit = outcome.case.limit
-    if limit is None:
-        return ""
-    if candidate == limit:
+def _by_limit(case: CaseDocument, metric: MetricDocument, candidate: str) -> str:
+    if candidate == case["limit"]:
         return "(limit)"
-    ratio = Summary.of(outcome.ratios(candidate, limit, metric.name))
+    ratio = case["ratios"].get(metric["name"], {}).get(candidate)
     if ratio is None:
         return ""
-    digits = 2 if ratio.median < 10 else 1
-    return f"x {ratio.median:.{digits}f}" + (
-        f" ({_spread(ratio, digits)})" if ratio.count > 1 else ""
-    )
+    spread = quartiles(ratio, ratio_digits(ratio))
+    return times(ratio) + (f" ({spread})" if spread else "")
 
 
-def _spread(summary: Summary, digits: int) -> str:
-    if summary.count < 2:
+def with_unit(metric: MetricDocument) -> str:
+    return f"{metric['name']}, {metric['unit']}" if metric["unit"] else metric["name"]
+
+
+def number(figure: float, digits: int) -> str:
+    return f"{figure:,.{digits}f}"
+
+
+def quartiles(summary: SummaryDocument, digits: int) -> str:
+    """Between which half of the rounds lie; nothing for a single one."""
+    if summary["count"] < 2:
         return ""
-    return f"{summary.low_quartile:,.{digits}f} to {summary.high_quartile:,.{digits}f}"
+    low, high = summary["low_quartile"], summary["high_quartile"]
+    return f"{number(low, digits)} to {number(high, digits)}"
 
 
-def _remarks(outcome: Outcome) -> list[str]:
-    lines = []
-    for goal in outcome.case.goals:
-        verdict = outcome.judged(goal)
-        if verdict is not None:
-            lines.append(f"goal: {goal}: {verdict.value:.4g}, {'met' if verdict.met else 'MISSED'}")
-    if outcome.check:
-        lines.append(f"check: {outcome.check}" + (": WRONG" if outcome.check_failed else ""))
-    for candidate, errors in outcome.errors.items():
-        lines.append(f"{candidate}: {len(errors)} runs gave no figure: {errors[0]}")
-    return lines
+def ratio_digits(ratio: SummaryDocument) -> int:
+    return 2 if ratio["median"] < 10 else 1
 
 
-def totals(outcomes: Sequence[Outcome]) -> str:
+def times(ratio: SummaryDocument) -> str:
+    return f"x {number(ratio['median'], ratio_digits(ratio))}"
+
+
+def judged(goal: GoalDocument) -> str:
+    if goal["value"] is None:
+        return f"goal: {goal['goal']}: not measured"
+    return f"goal: {goal['goal']}: {goal['value']:.4g}, {'met' if goal['met'] else 'MISSED'}"
+
+
+def remarks(case: CaseDocument) -> Iterator[str]:
+    if case["check"]:
+        yield f"check: {case['check']}" + (": WRONG" if case["check_failed"] else "")
+    for candidate, errors in case["errors"].items():
+        yield f"{candidate}: {len(errors)} runs gave no figure: {errors[0]}"
+
+
+def totals(topics: Sequence[TopicDocument]) -> str:
     """How many goals were met, and which were not."""
-    verdicts = [
-        (outcome, verdict)
-        for outcome in outcomes
-        for goal in outcome.case.goals
-        if (verdict := outcome.judged(goal)) is not None
+    goals = [
+        (f"{topic['name']}, {case['name']}", goal)
+        for topic in topics
+        for case in topic["cases"]
+        for goal in case["goals"]
     ]
-    missed = [(o, v) for o, v in verdicts if not v.met]
-    lines = [f"{len(verdicts) - len(missed)} of {len(verdicts)} goals met"]
-    lines += [f"  missed: {o.case.name}: {v.goal}: {v.value:.4g}" for o, v in missed]
+    met = sum(goal["met"] is True for _, goal in goals)
+    lines = [f"{met} of {len(goals)} goals met"]
+    for where, goal in goals:
+        if goal["met"] is False:
+            lines.append(f"  missed: {where}: {goal['goal']}: {goal['value']:.4g}")
+        elif goal["met"] is None:
+            lines.append(f"  not measured: {where}: {goal['goal']}")
     return "\n".join(lines)
-
-
-def write_json(
-    path: Path, setup: Setup, measured: Sequence[tuple[Topic, Sequence[Outcome]]]
-) -> None:
-    """Every figure of every round, for plots and pages."""
-    document = {
-        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "asupervise": asupervise.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpus": len(os.sched_getaffinity(0)),
-        "quick": setup.quick,
-        "left_out": sorted(setup.left_out),
-        "topics": [
-            {
-                "name": topic.name,
-                "title": topic.title,
-                "limit": topic.limit,
-                "cases": [_document(outcome) for outcome in outcomes],
-            }
-            for topic, outcomes in measured
-        ],
-    }
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _document(outcome: Outcome) -> dict[str, Any]:
-    case = outcome.case
-    goals = []
-    for goal in case.goals:
-        verdict = outcome.judged(goal)
-        judged = {} if verdict is None else {"value": verdict.value, "met": verdict.met}
-        goals.append({"goal": str(goal), **dataclasses.asdict(goal), **judged})
-    return {
-        "name": case.name,
-        "limit": case.limit,
-        "metrics": [dataclasses.asdict(metric) for metric in case.metrics],
-        "samples": outcome.samples,
-        "summaries": {
-            metric.name: {
-                candidate.name: dataclasses.asdict(summary)
-                for candidate in case.candidates
-                if (summary := Summary.of(outcome.figures(candidate.name, metric.name)))
-            }
-            for metric in case.metrics
-        },
-        "goals": goals,
-        "check": outcome.check,
-        "check_failed": outcome.check_failed,
-        "errors": outcome.errors,
-    }

@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
+import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
-from benchmarks import death, delay, idle, imports, launch_api, launch_cli, report, tee
-from benchmarks.measure import Outcome, measure
+from benchmarks import (
+    death,
+    delay,
+    filters,
+    function_workers,
+    growth,
+    idle,
+    imports,
+    launch_api,
+    launch_cli,
+    report,
+    results,
+    scale,
+    tee,
+)
+from benchmarks.documents import Document
+from benchmarks.measure import measure
+from benchmarks.peers import FOLDER, ROOT, Peers
 from benchmarks.processes import left_behind
-from benchmarks.topics import Setup, Topic, find_torchrun
+from benchmarks.results import Measured
+from benchmarks.topics import Setup, Topic
 
 TOPICS: dict[str, Topic] = {
     module.TOPIC.name: module.TOPIC
-    for module in (imports, launch_cli, launch_api, death, tee, delay, idle)
+    for module in (
+        *(imports, launch_cli, launch_api, death, tee, delay, filters, idle, scale),
+        *(function_workers, growth),
+    )
 }
+# Of a run of everything, in full.
+_HOME: Final = Path(__file__).resolve().parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,21 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{topic.name:<12} {topic.title}")
         return 0
     _allow_many_files()
-    with tempfile.TemporaryDirectory(prefix="asupervise-benchmarks-") as scratch:
-        setup = Setup(
-            Path(scratch), options.quick, options.seconds, options.rounds, *_torchrun(options)
-        )
-        measured = [(topic, _measure(topic, setup)) for topic in chosen]
-    _conclude(setup, measured)
-    if options.json is not None:
-        report.write_json(options.json, setup, measured)
+    with tempfile.TemporaryDirectory(prefix="asupervise-benchmarks-") as folder:
+        scratch = Path(folder)
+        # Who is killed, or keeps what a failed group has logged, leaves its folders there as well.
+        os.environ["TMPDIR"] = folder
+        peers = Peers(options.peers, scratch)
+        deadline_s = time.monotonic() + 60 * options.minutes
+        setup = Setup(scratch, peers, options.quick, options.seconds, options.rounds, deadline_s)
+        measured = [_measure(topic, setup) for topic in chosen]
+        made = results.document(setup, measured, left_behind())
+    _conclude(made)
+    _keep(made, _folder(options))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure asupervise beside the limit that the system sets.",
+        description="Measure asupervise beside its peers and the limit that the system sets.",
     )
     parser.add_argument(
         "topics", nargs="*", metavar="TOPIC", help=f"any of: {', '.join(TOPICS)}; all by default"
@@ -57,18 +87,36 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="few rounds and small sizes")
     parser.add_argument("--rounds", type=int, help="rounds of each case, instead of its own number")
     parser.add_argument(
-        "--seconds", type=float, default=15.0, help="length of the idle windows (default: 15)"
+        "--seconds", type=float, default=60.0, help="length of the idle window (default: 60)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure to FILE")
     parser.add_argument(
-        "--torchrun", metavar="PATH", help="torch's launcher (default: beside python, or on PATH)"
+        "--minutes",
+        type=float,
+        default=14.0,
+        help="after so many, each case that is left gets one round (default: 14)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="where results.json, RESULTS.md and plots go (default: benchmarks, if everything is "
+        "run in full; or else nowhere)",
+    )
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        metavar="FOLDER",
+        help="where torchrun, honcho, circusd and their python lie (default: .venv-bench/bin, "
+        "then beside our python, then PATH)",
     )
     return parser
 
 
-def _torchrun(options: argparse.Namespace) -> tuple[Path | None, set[str]]:
-    path, why_not = find_torchrun(options.torchrun)
-    return path, {why_not} if why_not else set()
+def _folder(options: argparse.Namespace) -> Path | None:
+    """Where results go. A part of them does not replace the whole unasked."""
+    given: Path | None = options.results
+    partial = options.topics or options.quick or options.rounds
+    return given if given is not None or partial else _HOME
 
 
 def _allow_many_files() -> None:
@@ -79,26 +127,53 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _measure(topic: Topic, setup: Setup) -> list[Outcome]:
-    outcomes = [measure(case, _say) for case in topic.cases(setup)]
-    _say("")
-    print(report.table(topic, outcomes), flush=True)
-    return outcomes
+def _measure(topic: Topic, setup: Setup) -> Measured:
+    """Its outcomes, those before a failure included: one topic's must not cost us the others'."""
+    measured = Measured(topic)
+    _say(f"{topic.name}: begins", lasting=True)
+    started = time.monotonic()
+    try:
+        for case in topic.cases(setup):
+            measured.outcomes.append(measure(case, _say, setup.deadline_s))
+    except Exception as error:
+        traceback.print_exc()
+        measured.failed = f"{type(error).__name__}: {error}"
+    if time.monotonic() > setup.deadline_s:
+        setup.left_out.add(f"{topic.name}: all rounds but one of what came after the time was up")
+    measured.seconds = time.monotonic() - started
+    _say(f"{topic.name}: {measured.seconds:.0f} s", lasting=True)
+    print(report.table(results.topic_document(measured)), flush=True)
+    return measured
 
 
-def _conclude(setup: Setup, measured: Sequence[tuple[Topic, Sequence[Outcome]]]) -> None:
-    print(report.totals([outcome for _, outcomes in measured for outcome in outcomes]))
-    for why in sorted(setup.left_out):
+def _conclude(made: Document) -> None:
+    print(report.totals(made["topics"]))
+    for why in made["left_out"]:
         print(f"left out: {why}")
-    for what in left_behind():
+    for what in made["left_behind"]:
         print(f"warning: {what}")
 
 
-def _say(what: str) -> None:
-    """Show what is going on, in one line that is written over."""
+def _keep(made: Document, folder: Path | None) -> None:
+    if folder is None:
+        return
+    path = folder / "results.json"
+    results.write(path, made)
+    # In the environment that has what draws plots; the page does without, if need be.
+    beside = FOLDER / "bin" / "python"
+    python = str(beside) if beside.exists() else sys.executable
+    subprocess.run(
+        [python, "-m", "benchmarks.page", str(path.resolve())], cwd=ROOT, check=True, timeout=300
+    )
+
+
+def _say(what: str, *, lasting: bool = False) -> None:
+    """Show what is going on: in one line that is written over, where there is a terminal."""
     if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{what[:100]}")
-        sys.stderr.flush()
+        sys.stderr.write(f"\r\033[K{what[:100]}" + ("\n" if lasting else ""))
+    elif lasting:
+        sys.stderr.write(f"{what}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A worker that writes a file to its standard output as fast as it can, in blocks of 64 KiB.
 
-python blast.py FILE
+python blast.py FILE [TIMES]
 """
 
 import sys
@@ -8,7 +8,8 @@ import sys
 BLOCK_BYTES = 64 * 1024
 
 if __name__ == "__main__":
-    with open(sys.argv[1], "rb", buffering=0) as file:
-        while block := file.read(BLOCK_BYTES):
-            sys.stdout.buffer.write(block)
+    for _ in range(int(sys.argv[2]) if len(sys.argv) > 2 else 1):
+        with open(sys.argv[1], "rb", buffering=0) as file:
+            while block := file.read(BLOCK_BYTES):
+                sys.stdout.buffer.write(block)
     sys.stdout.buffer.flush()

@@ -23,8 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -32,8 +31,7 @@ _HAS_WATCHERS = sys.version_info < (3, 14)
 _KILLED_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(NamedTuple):
     """How and when one process ended.
 
     Attributes:

@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from asupervise import procfs
 from asupervise.cgroups import OwnCgroup
@@ -37,8 +37,7 @@ _CHASES = 100
 _LAST_LOOK_S = 8.0
 
 
-@dataclass(frozen=True, slots=True)
-class Survivor:
+class Survivor(NamedTuple):
     """A process of the group that could not be ended.
 
     Attributes:

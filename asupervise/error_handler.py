@@ -34,7 +34,7 @@ _MAX_MESSAGE_CHARS = 16_384
 _MAX_TRACEBACK_CHARS = 49_152
 _CO_COROUTINE = 0x80  # inspect.CO_COROUTINE, without importing inspect
 _NOT_AVAILABLE = "<N/A>"
-_RECORDED = "_asupervise_recorded"
+RECORDED = "_asupervise_recorded"
 _NOT_REPLACEABLE = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV)
 
 
@@ -228,16 +228,16 @@ class _Recording:
         return False
 
 
-def record_error(handler: ErrorHandler, error: Exception) -> None:
+def record_error(handler: ErrorHandler, error: BaseException) -> None:
     """Record `error`, or pass on the file of a worker's; once, where several `record` it.
 
     Whatever the handler does wrong is a line on stderr: the user must see their own exception.
     """
-    if getattr(error, _RECORDED, False):
+    if getattr(error, RECORDED, False):
         return
     try:
         _hand_over(handler, error)
-        setattr(error, _RECORDED, True)
+        setattr(error, RECORDED, True)
     except Exception as failure:
         _complain(f"cannot record {type(error).__name__}: {_describe(failure)}")
 

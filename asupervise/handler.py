@@ -8,8 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from asupervise import procfs
 from asupervise._compat import Exit, ExitCallback, exit_now, spawn
@@ -37,8 +36,7 @@ class WorkerProcess(Protocol):
         """Wait no longer for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
+class Surroundings(NamedTuple):
     """What a process is started with, beside its argv.
 
     Attributes:

@@ -6,7 +6,8 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from asupervise import procfs
 
@@ -22,8 +23,7 @@ _DELETED = " (deleted)"
 _NO_LIMIT = 1 << 60
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryGroup:
+class MemoryGroup(NamedTuple):
     """A memory cgroup, and how often the OOM killer has struck in it.
 
     Attributes:
@@ -38,8 +38,7 @@ class MemoryGroup:
     limit_bytes: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class OomCounts:
+class OomCounts(NamedTuple):
     """The OOM killer's counters at one moment.
 
     Attributes:
@@ -47,12 +46,11 @@ class OomCounts:
         machine: kills on the whole machine (``oom_kill`` in ``/proc/vmstat``), or None.
     """
 
-    groups: Mapping[str, MemoryGroup] = field(default_factory=dict)
+    groups: Mapping[str, MemoryGroup] = MappingProxyType({})
     machine: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryUse:
+class MemoryUse(NamedTuple):
     """Resident memory of one process, in bytes; 0 for unknown."""
 
     last: int

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # State letters of processes that run nothing any more (proc(5): zombie, dead).
 _ENDED_STATES = frozenset("ZXx")
@@ -20,8 +20,7 @@ _EXEC_LOOKS = 20
 _EXEC_PAUSE_S = 0.001
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessEntry:
+class ProcessEntry(NamedTuple):
     """One line of the process table.
 
     Attributes:

@@ -152,7 +152,7 @@ def plan_processes(
     starting = start_processes(
         name, entrypoint, args, envs, logs_specs, log_line_prefixes, start_method, numa_options,
         duplicate_stdout_filters, duplicate_stderr_filters,
-        stdin=stdin, cwd=cwd, shutdown_timeout=shutdown_timeout,
+        preload=preload, stdin=stdin, cwd=cwd, shutdown_timeout=shutdown_timeout,
         guardian=guardian, subreaper=subreaper, hang_timeout=hang_timeout,
         memory_sample_interval=memory_sample_interval,
     )  # fmt: skip

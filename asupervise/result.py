@@ -5,11 +5,12 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asupervise.errors import SupervisorError
-from asupervise.failures import ProcessFailure, in_order, root_cause
-from asupervise.report import format_report
+
+if TYPE_CHECKING:
+    from asupervise.failures import ProcessFailure
 
 __all__ = ["ChildFailedError", "RunProcsResult"]
 
@@ -45,7 +46,9 @@ class RunProcsResult:
     @property
     def root_cause(self) -> tuple[int, ProcessFailure] | None:
         """The local rank that failed first of its own accord; see `root_cause`."""
-        return root_cause(self.failures)
+        from asupervise.failures import root_cause  # most groups end well
+
+        return root_cause(self.failures) if self.failures else None
 
     def raise_for_failure(
         self, name: str, *, global_ranks: Mapping[int, int] | None = None
@@ -105,6 +108,8 @@ class ChildFailedError(SupervisorError):
 
         Where we ended all of them there is no root cause; then it is the first that ended.
         """
+        from asupervise.failures import in_order, root_cause
+
         return root_cause(self.failures) or in_order(self.failures)[0]
 
     def format_msg(self, boarder_delim: str = "=", section_delim: str = "-") -> str:
@@ -114,4 +119,6 @@ class ChildFailedError(SupervisorError):
             boarder_delim: the character above and below (spelt as torch spells it).
             section_delim: the character between the sections.
         """
+        from asupervise.report import format_report
+
         return format_report(self.name, self.failures, boarder_delim, section_delim)

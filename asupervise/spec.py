@@ -86,6 +86,7 @@ def checked_spec(
     """
     check_rank_maps(args, envs, prefixes)
     _check_args(args)
+    args = {rank: tuple(given) for rank, given in args.items()}  # an iterator is read but once
     _check_envs(envs)
     _check_start_method(start_method)
     if stdin is not None and stdin not in args:

@@ -11,9 +11,8 @@ import weakref
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 from anyio.abc import TaskGroup
@@ -162,8 +161,7 @@ class Sifter:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Stream:
+class _Stream(NamedTuple):
     """One of the two streams of a group, as far as it is teed."""
 
     console: Console
@@ -171,8 +169,7 @@ class _Stream:
     filtered: FilteredLog | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
+class _Source(NamedTuple):
     """What a tailer follows; `succeeds` another file in the same place."""
 
     stream: _Stream

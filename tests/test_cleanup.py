@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def test_a_pid_that_was_given_away_is_not_signalled(
     if not pidfds:
         monkeypatch.delattr(os, "pidfd_open")
     with sleeper() as process:
-        before = replace(entry_of(process.pid), start_ticks=1)
+        before = entry_of(process.pid)._replace(start_ticks=1)
         assert procfs.send_to_process(before, signal.SIGKILL) is False
         assert not procfs.is_same(before)
         assert process.poll() is None
@@ -218,7 +217,7 @@ async def test_a_daemon_in_uninterruptible_sleep_is_named(
 
     def shown(of: int) -> procfs.ProcessEntry | None:
         entry = read_entry(of)
-        return replace(entry, state="D") if entry is not None and of == pid else entry
+        return entry._replace(state="D") if entry is not None and of == pid else entry
 
     monkeypatch.setattr(cleanup, "KILL_WAIT_S", 0.05)
     monkeypatch.setattr(cleanup, "SWEEP_GRACE_S", 0.05)

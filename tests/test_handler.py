@@ -276,7 +276,7 @@ async def test_nobody_else_is_signalled_in_the_place_of_the_dead(channel: Channe
 
 
 def _fields(entry: procfs.ProcessEntry) -> dict[str, Any]:
-    return {name: getattr(entry, name) for name in entry.__dataclass_fields__}
+    return entry._asdict()
 
 
 async def test_one_that_is_stopped_is_continued_to_end(channel: Channel) -> None:

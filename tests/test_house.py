@@ -56,7 +56,7 @@ ROOMS = {
     "cgroups": room("procfs"),
     "failures": room("error_files"),
     "report": room("error_files failures"),
-    "result": room("errors failures report"),
+    "result": room("errors", lazily="failures report"),
     "error_handler": room(lazily="error_files worker"),
     "error_files": room(),
     "worker": room(),
@@ -88,8 +88,9 @@ ROOMS = {
     "stacks": room("_compat handler procfs worker", asynchronous=True),
     "diagnosis": room("_compat handler memory procfs", lazily="hang stacks", asynchronous=True),
     "files": room("plan worker", asynchronous=True),
+    "postmortem": room("_compat error_files failures files handler work"),
     "collect": room(
-        "_compat error_files failures files handler plan result work", asynchronous=True
+        "files handler plan result work", lazily="failures postmortem", asynchronous=True
     ),
     # Showing what it says.
     "console": room("framing", asynchronous=True),

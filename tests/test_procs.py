@@ -26,7 +26,7 @@ from asupervise import (
     start_processes,
 )
 from asupervise._compat import has_ended
-from asupervise.collect import WallClock
+from asupervise.postmortem import WallClock
 from asupervise.spec import RunOptions
 from tests.workers import HELD, PYTHON, READY, SLEEP, Channel, is_alive, start
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from asupervise import ChildFailedError, DefaultLogsSpecs, PContext, Stack, Std, procfs, stacks
 from asupervise import start_processes as start_group
-from asupervise.collect import fatal_words
+from asupervise.postmortem import fatal_words
 from asupervise.procs import StartingProcesses
 from asupervise.stacks import Frame, group_equal, odd_one_out, parse_faulthandler, parse_py_spy
 from tests.workers import (

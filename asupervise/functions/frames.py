@@ -13,7 +13,6 @@ Used by both ends. Workers pay for each import, so it is the C pickler alone, wi
 
 from __future__ import annotations
 
-import mmap
 import os
 
 try:
@@ -24,6 +23,7 @@ except ImportError:  # another Python than CPython
 TYPE_CHECKING = False  # type checkers take this name for true; `typing` itself costs an import
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from mmap import mmap
     from pickle import PickleBuffer
     from typing import Any, TypeAlias
 
@@ -147,9 +147,11 @@ def send(
 # --- receiving ----------------------------------------------------------------------------------
 
 
-def _memory(length: int) -> bytearray | mmap.mmap:
+def _memory(length: int) -> bytearray | mmap:
     if length < _MAPPED_BYTES:
         return bytearray(length)
+    import mmap  # hardly ever needed in a worker
+
     memory = mmap.mmap(-1, length)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
@@ -174,8 +176,8 @@ class FrameReader:
 
     def __init__(self) -> None:
         self.kind = b""
-        self._parts: list[bytearray | mmap.mmap] = []
-        self._buffers: list[bytearray | mmap.mmap] = []
+        self._parts: list[bytearray | mmap] = []
+        self._buffers: list[bytearray | mmap] = []
         self._header = b""
         self._left = 0  # of the record that is being received
         self._target: memoryview | None = None  # where its next bytes go
@@ -265,7 +267,7 @@ class FrameReader:
 class _Parts:
     """The file that an unpickler reads from: parts that go as they have been read."""
 
-    def __init__(self, parts: list[bytearray | mmap.mmap]) -> None:
+    def __init__(self, parts: list[bytearray | mmap]) -> None:
         self._parts = parts[::-1]
         self._view = memoryview(b"")
 

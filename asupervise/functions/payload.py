@@ -64,7 +64,7 @@ class Luggage:
     @classmethod
     def of_this_process(cls) -> Luggage:
         authkey = tracker = None
-        if "multiprocessing.managers" in sys.modules:
+        if "multiprocessing.connection" in sys.modules:
             from multiprocessing import process
 
             authkey = bytes(process.current_process().authkey)
@@ -138,16 +138,28 @@ def _pickled(value: object) -> Call:
         import cloudpickle
     except ImportError:
         raise NotPicklableError(why, hint=_NEEDS_CLOUDPICKLE) from None
-    unknown = [m for m in seen - _MAIN if m in sys.modules and not _is_importable(m)]
-    with _by_value(cloudpickle, [sys.modules[m] for m in unknown]):
-        call = _dumped(cloudpickle.Pickler, value, set())
+    while True:
+        modules = _unreachable(seen)
+        with _by_value(cloudpickle, modules):
+            call = _dumped(cloudpickle.Pickler, value, seen)
+        # What travels by value may refer to further modules, which shows only when it does.
+        if _unreachable(seen) == modules:
+            break
     # Its functions may look up by name what the main module has: no worker needs to run it again.
     return Call(call.parts, None, by_value=True, fds=call.fds)
 
 
+def _unreachable(names: set[str]) -> list[ModuleType]:
+    """Those of the modules that no worker can import."""
+    unknown = [m for m in sorted(names - _MAIN) if m in sys.modules and not _is_importable(m)]
+    return [sys.modules[m] for m in unknown]
+
+
 def _dumped(base: Any, value: object, seen: set[str]) -> Call:
-    """Pickle with `base`; into `seen` go the modules of all functions and classes on the way."""
-    own = getattr(base, "dispatch_table", None) or copyreg.dispatch_table
+    """Pickle with `base`; into `seen` go the modules of whatever is referred to on the way."""
+    own: Any = getattr(base, "dispatch_table", None)
+    if not isinstance(own, Mapping):  # the C pickler has a slot of that name
+        own = copyreg.dispatch_table
 
     class Noting(base):  # type: ignore[misc]
         dispatch_table: ClassVar[Any] = ChainMap(_multiprocessing_reducers(), own)
@@ -155,6 +167,8 @@ def _dumped(base: Any, value: object, seen: set[str]) -> Call:
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, type | FunctionType | BuiltinFunctionType):
                 seen.add(getattr(obj, "__module__", None) or "builtins")
+            elif isinstance(obj, ModuleType):
+                seen.add(obj.__name__)
             if hasattr(base, "reducer_override"):
                 return super().reducer_override(obj)
             return NotImplemented
@@ -227,7 +241,7 @@ def main_module() -> dict[str, str] | None:
     """Where a worker finds our main module; None where it has no file (a notebook, ``-c``)."""
     main = sys.modules.get("__main__")
     name = getattr(getattr(main, "__spec__", None), "name", None)
-    if name:
+    if name and name != "__main__":  # the latter for a folder
         return {"name": name}
     path = getattr(main, "__file__", None)
     if isinstance(path, str) and os.path.isfile(path):

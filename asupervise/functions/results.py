@@ -79,6 +79,8 @@ class ResultChannel:
     def _on_readable(self) -> None:
         if not self._take(_TURN_BYTES):
             self._stop()
+            if self._problem:
+                self.close()  # who goes on writing gets an error, and does not wait for ever
 
     def _take(self, limit: int) -> bool:
         """Take what is there, up to about `limit` bytes; False at the end of the pipe."""

@@ -10,7 +10,7 @@ import marshal
 import os
 import sys
 
-from asupervise.error_handler import get_error_handler, record_error
+from asupervise.error_handler import RECORDED, get_error_handler, record_error
 from asupervise.functions import frames
 
 TYPE_CHECKING = False  # type checkers take this name for true; `typing` itself costs an import
@@ -69,7 +69,8 @@ def import_main(main: dict[str, str]) -> None:
     As under multiprocessing's spawn: what stands below ``if __name__ == "__main__":`` is not run.
     """
     global _importing_main
-    if "__mp_main__" in sys.modules:
+    # multiprocessing, once imported, gives that name to whatever main module there is.
+    if getattr(sys.modules.get("__mp_main__"), "__name__", "") == "__mp_main__":
         return
     import runpy
     import types
@@ -99,7 +100,10 @@ def run_call(call_fd: int, result_fd: int, setup: dict[str, Any]) -> None:
     try:
         value = _called(call_fd, setup)
         channel.send(frames.VALUE, value)
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        # Whatever else derives from BaseException (a CancelledError) is no decision to end.
         error.__traceback__ = without_ours(error.__traceback__)
         try:
             record_error(handler, error)
@@ -121,7 +125,9 @@ class InheritedFd:
 
     def detach(self) -> int:
         """The descriptor, which now belongs to whoever asked."""
-        return inherited[self._place]
+        fd, inherited[self._place] = inherited[self._place], -1
+        # Two objects may be the same descriptor, and each closes its own.
+        return os.dup(fd) if fd in inherited else fd
 
 
 def _called(call_fd: int, setup: dict[str, Any]) -> Any:
@@ -153,6 +159,8 @@ class _Channel:
 
     def send(self, kind: bytes, value: object) -> None:
         if _identity(self._fd) != self._identity:
+            if value is None:
+                return  # who ends well without a word has returned None
             raise NotSendableError(
                 f"the return value (a {_name_of(value)}) cannot be sent: the worker has closed "
                 "the descriptor that leads to its supervisor"
@@ -183,6 +191,8 @@ class _Channel:
 
     def send_exception(self, error: BaseException) -> None:
         """Send the exception itself; where it cannot be pickled, its record has to do."""
+        # The mark is of this process: whoever raises it again in ours has an error file, too.
+        vars(error).pop(RECORDED, None)
         try:
             self.send(frames.EXCEPTION, error)
         except NotSendableError:

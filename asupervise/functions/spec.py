@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,6 @@ def _check_signature(function: Callable[..., Any], args: Mapping[int, Sequence[o
             signature.bind(*given)
         except TypeError as error:
             raise TypeError(
-                f"args: local rank {rank}: {tuple(given)!r} does not fit "
+                f"args: local rank {rank}: {reprlib.repr(tuple(given))} does not fit "
                 f"{name_of(function)}{signature}: {error}"
             ) from None

@@ -53,7 +53,7 @@ class FunctionWork:
     @property
     def helpers(self) -> frozenset[int]:
         """Processes of ours that are no workers."""
-        return frozenset({self._zygote.pid} if self._zygote else ())
+        return self._zygote.helpers if self._zygote else frozenset()
 
     @asynccontextmanager
     async def prepared(
@@ -158,7 +158,7 @@ class FunctionWork:
         token = f"{self._zygote.token}:{around.env.get(TOKEN_VARIABLE, '')}"
         setup = self._setup(call, more) | {
             "fork": {
-                "env": {**around.env, TOKEN_VARIABLE: token},
+                "env": {**around.env, **self._zygote.env, **plan.env, TOKEN_VARIABLE: token},
                 "cwd": around.cwd or os.getcwd(),
                 "cgroup": self._cgroup,
                 "cpus": sorted(plan.binding.cpus) if plan.binding else None,

@@ -10,7 +10,6 @@ import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import replace
 from typing import Any
 
 from asupervise import procfs
@@ -20,7 +19,7 @@ from asupervise.errors import ZygoteError
 from asupervise.functions import zygote_main
 from asupervise.functions.interpreter import checked_preload, interpreter
 from asupervise.functions.payload import Luggage, make_call_file, unnamed_file
-from asupervise.guardian import guarded
+from asupervise.guardian import Guardian, guarded
 from asupervise.handler import (
     SubprocessHandler,
     Surroundings,
@@ -57,11 +56,13 @@ class Zygote:
 
     Args:
         preload: names of modules to import, in this order.
-        env: laid over our environment, for the zygote and so for what its imports read.
+        env: laid over our environment, for the zygote, for what its imports read, and for its
+            workers, where a group's own `envs` say nothing else.
         guardian: whether a small process ends it and its workers when this process is killed.
 
     Attributes:
         preload: the names.
+        env: as given.
         pid: its process id; 0 before it is started.
 
     Raises:
@@ -80,13 +81,15 @@ class Zygote:
     ) -> None:
         self.preload = checked_preload(preload)
         self.pid = 0
-        self._env = dict(env or {})
+        self.env = dict(env or {})
         self._with_guardian = guardian
         self._token = f"asv-{os.urandom(8).hex()}"
+        self._guardian: Guardian | None = None
         self._handler: SubprocessHandler | None = None
         self._control: socket.socket | None = None
         self._output = -1
         self._number = 0
+        self._imports = 0  # asked for and not answered, also where nobody waits any more
         self._answers: dict[int, asyncio.Future[tuple[Any, ...]]] = {}
         self._children: dict[int, ZygoteChild] = {}
         self._being_reaped: dict[int, tuple[ZygoteChild | None, int, bool]] = {}
@@ -118,7 +121,7 @@ class Zygote:
             raise RuntimeError("this zygote has been started already: make another one")
         try:
             if self._with_guardian:
-                await self._stack.enter_async_context(guarded(self._token))
+                self._guardian = await self._stack.enter_async_context(guarded(self._token))
             await self._launch()
             await self.load(self.preload)
         except BaseException:
@@ -133,11 +136,11 @@ class Zygote:
         self._cleanup = Cleanup(self._token)
         outer = os.environ.get(TOKEN_VARIABLE)
         token = f"{outer}:{self._token}" if outer else self._token
-        self.environ = {**os.environ, **self._env}
+        self.environ = {**os.environ, **self.env}
         plan = WorkerPlan(
             local_rank=0,
             argv=interpreter(zygote_main.LINE),
-            env={**self._env, TOKEN_VARIABLE: token.ljust(len(token) + _TOKEN_ROOM)},
+            env={**self.env, TOKEN_VARIABLE: token.ljust(len(token) + _TOKEN_ROOM)},
         )
         self._output = unnamed_file()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -146,7 +149,7 @@ class Zygote:
         async def launch(
             plan: WorkerPlan, around: Surroundings, on_exit: ExitCallback, /
         ) -> WorkerProcess:
-            quiet = replace(around, std=(around.std[0], self._output, self._output))
+            quiet = around._replace(std=(around.std[0], self._output, self._output))
             return await exec_program(plan, quiet, on_exit, descriptors=(theirs.fileno(),))
 
         self._control = ours
@@ -179,12 +182,8 @@ class Zygote:
     async def _ended_by_itself(self, handler: SubprocessHandler) -> None:
         # The end of the socket tells it to go; unless it is busy with an import.
         with suppress(TimeoutError):
-            async with asyncio.timeout(_END_GRACE_S if self._idle else 0):
+            async with asyncio.timeout(0 if self._imports else _END_GRACE_S):
                 await handler.wait_exit()
-
-    @property
-    def _idle(self) -> bool:
-        return not self._answers
 
     def _hang_up(self) -> None:
         if self._control is None:
@@ -194,12 +193,18 @@ class Zygote:
         loop.remove_writer(self._control.fileno())
         self._control.close()
         self._control = None
+        for _, fds in self._outbox:
+            for fd in fds:
+                os.close(fd)
+        self._outbox.clear()
 
     def _ended(self, handler: SubprocessHandler, exit: Exit) -> None:
         if self._control is not None:
             self._on_readable()  # what it still said
         self._hang_up()
-        self._lose(f"it ended {_how(exit.code)}{self._last_words()}")
+        self._cleanup.woken_by_exit()
+        how = f"it ended {_how(exit.code)}{self._last_words()}"
+        self._lose("it has been closed" if self._ending else how)
 
     def _lose(self, why: str) -> None:
         """It is gone: nobody waits for its answers any more."""
@@ -235,6 +240,12 @@ class Zygote:
         """Whether it can fork workers."""
         return self._handler is not None and self._handler.running and not self._ending
 
+    @property
+    def helpers(self) -> frozenset[int]:
+        """The pids of itself and of its guardian."""
+        guardian = self._guardian.pid if self._guardian is not None else 0
+        return frozenset({self.pid, guardian} - {0})
+
     def __repr__(self) -> str:
         state = f"pid {self.pid}" if self.running else "not running"
         return f"<Zygote {list(self.preload)}: {state}>"
@@ -266,6 +277,7 @@ class Zygote:
         if setup == self._loaded:
             return self._facts
         fd = make_call_file(setup)
+        self._imports += 1
         try:
             answer = await self._asked("load", [fd])
         finally:
@@ -393,6 +405,8 @@ class Zygote:
             self._heard(*marshal.loads(data))
 
     def _heard(self, what: str, number: int, *rest: Any) -> None:
+        if what == "loaded":
+            self._imports -= 1
         if what == "ended":
             self._child_ended(number, *rest)
         elif what == "reaped":
@@ -449,7 +463,7 @@ class ZygoteChild:
     def ended(self, exit: Exit, core_dumped: bool | None = None) -> None:
         on_exit, self._on_exit = self._on_exit, None
         if on_exit is not None:
-            on_exit(replace(exit, core_dumped=core_dumped))
+            on_exit(exit._replace(core_dumped=core_dumped))
 
     def orphaned(self) -> None:
         """The zygote is gone, and nobody will tell how this worker ends; only when."""

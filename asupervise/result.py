@@ -46,9 +46,11 @@ class RunProcsResult:
     @property
     def root_cause(self) -> tuple[int, ProcessFailure] | None:
         """The local rank that failed first of its own accord; see `root_cause`."""
+        if not self.failures:
+            return None
         from asupervise.failures import root_cause  # most groups end well
 
-        return root_cause(self.failures) if self.failures else None
+        return root_cause(self.failures)
 
     def raise_for_failure(
         self, name: str, *, global_ranks: Mapping[int, int] | None = None

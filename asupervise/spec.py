@@ -188,12 +188,12 @@ def _check_args(args: Mapping[int, Sequence[object]]) -> None:
             )
 
 
-def _check_envs(envs: Mapping[int, Mapping[str, str]]) -> None:
+def _check_envs(envs: Mapping[int, Mapping[Any, Any]]) -> None:
     for rank, env in envs.items():
         if not hasattr(env, "items"):
             raise ValueError(f"envs: local rank {rank}: {env!r}: expected a map of strings")
         for name, value in env.items():
-            if not all(isinstance(text, str) for text in (name, value)):
+            if not (isinstance(name, str) and isinstance(value, str)):
                 raise TypeError(
                     f"envs: local rank {rank}: {name!r}: {value!r}: expected strings (torch's "
                     "maps hold strings, too)"

@@ -51,9 +51,12 @@ class Subreaper:
 
 
 def _children() -> list[int]:
+    pids = procfs.own_children()
+    if pids is not None:
+        return pids
     ours = os.getpid()
-    pids = procfs.all_pids()
-    return [e.pid for pid in pids if (e := procfs.read_entry(pid)) and e.parent_pid == ours]
+    every = map(procfs.read_entry, procfs.all_pids())
+    return [entry.pid for entry in every if entry is not None and entry.parent_pid == ours]
 
 
 @contextmanager

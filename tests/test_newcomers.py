@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,3 +133,30 @@ def test_a_small_interval_is_not_listed(kernel: Kernel) -> None:
     kernel.newest = own + 1
     kernel.in_use = []
     assert since.pids() == [os.getpid()]
+
+
+def test_our_own_children_are_listed(child: subprocess.Popen[bytes]) -> None:
+    before = procfs.own_children()
+    if before is None:
+        pytest.skip("this kernel does not list children")
+    assert child.pid in before
+    grandchild = subprocess.Popen(["sh", "-c", "sleep 100 & echo $!; wait"], stdout=subprocess.PIPE)
+    try:
+        assert grandchild.stdout is not None
+        pid = int(grandchild.stdout.readline())
+        listed = procfs.own_children()
+        assert listed is not None
+        assert grandchild.pid in listed
+        assert pid not in listed
+        # Who has ended stays listed until it is reaped.
+        os.kill(pid, signal.SIGKILL)
+        grandchild.kill()
+        os.waitid(os.P_PID, grandchild.pid, os.WEXITED | os.WNOWAIT)
+        assert grandchild.pid in (procfs.own_children() or [])
+    finally:
+        grandchild.communicate()
+
+
+def test_a_kernel_that_does_not_list_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(procfs, "_read", lambda path: None)
+    assert procfs.own_children() is None

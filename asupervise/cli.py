@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from signal import SIG_IGN, Signals, getsignal
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -32,11 +32,14 @@ _SHORTAGES: Final = frozenset(
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, on_started: Callable[[], None] = lambda: None
+) -> int:
     """Run the command line.
 
     Args:
         argv: its words; those of this process by default.
+        on_started: called when the workers have been started.
 
     Returns:
         The exit status: 0, that of the worker that failed first, 2 for a usage error, 128+N where
@@ -44,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _open_standard_streams()
     try:
-        return _run(parse_options(sys.argv[1:] if argv is None else argv, os.environ))
+        options = parse_options(sys.argv[1:] if argv is None else argv, os.environ)
+        return _run(options, on_started)
     except UsageError as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -54,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _flush(sys.stderr, 2)
 
 
-def _run(options: LaunchOptions) -> int:
+def _run(options: LaunchOptions, on_started: Callable[[], None]) -> int:
     if options.help:
         _print(help_text(), end="")
         return 0
@@ -76,7 +80,7 @@ def _run(options: LaunchOptions) -> int:
         return _refuse(error)
     import asyncio
 
-    return asyncio.run(_supervise(job, options))
+    return asyncio.run(_supervise(job, options, on_started))
 
 
 # --- one job ---------------------------------------------------------------------------------
@@ -93,7 +97,7 @@ def _handled(options: LaunchOptions) -> tuple[Signals, ...]:
     )
 
 
-async def _supervise(job: Job, options: LaunchOptions) -> int:
+async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], None]) -> int:
     from asupervise.procs import start_processes
     from asupervise.signals import handle_signals
 
@@ -110,8 +114,8 @@ async def _supervise(job: Job, options: LaunchOptions) -> int:
             return _refuse(error)
         async with ctx:
             handling.attend(ctx)
+            on_started()
             result = await ctx.wait()
-    assert result is not None, "wait() without a timeout returns a result"
     return _concluded(job, result, handling.received)
 
 

@@ -40,8 +40,8 @@ _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\S+) in (?P<name>.*)
 _SPY_THREAD = re.compile(r"^Thread .*$")
 _SPY_FRAME = re.compile(r"^    (?P<name>\S.*?) \((?P<file>.*?)(?::(?P<line>[0-9]{1,9}))?\)$")
 _NUMBER = re.compile(r"[0-9]{1,9}")
-# Our own wrapper around the user's function says nothing about where that is.
-_WRAPPER = os.path.join("asupervise", "error_handler.py")
+# What of ours is around the user's function says nothing about where that is.
+_OURS = re.compile(r"(^|/)asupervise/(error_handler\.py|functions/\w+\.py)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def _line_number(text: str) -> int:
 
 
 def _without_ours(frames: Iterable[Frame]) -> tuple[Frame, ...]:
-    return tuple(frame for frame in frames if not frame.file.endswith(_WRAPPER))
+    return tuple(frame for frame in frames if not _OURS.search(frame.file))
 
 
 def parse_py_spy(text: str) -> tuple[Frame, ...]:

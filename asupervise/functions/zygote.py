@@ -95,6 +95,7 @@ class Zygote:
         self._being_reaped: dict[int, tuple[ZygoteChild | None, int, bool]] = {}
         self._outbox: deque[tuple[bytes, Sequence[int]]] = deque()
         self._on_lost: list[Callable[[str], None]] = []
+        self._begun = False
         self._ending = False
         self._loaded: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
@@ -117,8 +118,9 @@ class Zygote:
             ZygoteError: see the class.
             RuntimeError: it has been started before.
         """
-        if self._handler is not None or self._ending:
+        if self._begun:
             raise RuntimeError("this zygote has been started already: make another one")
+        self._begun = True
         try:
             if self._with_guardian:
                 self._guardian = await self._stack.enter_async_context(guarded(self._token))
@@ -213,15 +215,16 @@ class Zygote:
         for answer in answers.values():
             if not answer.done():
                 answer.set_exception(ZygoteError(text, pid=self.pid))
-        children, self._children = self._children, {}
-        for child in children.values():
-            child.orphaned()
         zombies, self._being_reaped = self._being_reaped, {}
         for zombie, code, core in zombies.values():
             if zombie is not None:
                 zombie.ended(exit_now(code), core)
+        # Before the others are taken for ended: they are what this concerns.
         for tell in list(self._on_lost):
             tell(text)
+        children, self._children = self._children, {}
+        for child in children.values():
+            child.orphaned()
 
     def _last_words(self) -> str:
         said = self.said()

@@ -105,6 +105,10 @@ class Cleanup:
         self.cgroup: OwnCgroup | None = None
         self.running = False
 
+    def forget_owner(self) -> None:
+        """Everything has ended: nobody is asked any more (see `Diagnosis.forget_owner`)."""
+        self._adopts = self._before_kill = None
+
     def note_forks(self) -> None:
         """To be called once, soon after the start, of a group that goes on: see `Newcomers`."""
         self._newcomers.note_forks()

@@ -254,6 +254,9 @@ class PContext:
             self._started.set_exception(exc)
             await files.remove_run_folder(self.plan)
             return RunProcsResult()
+        finally:
+            self._diagnosis.forget_owner()
+            self._cleanup.forget_owner()
         return result
 
     def _prepared(self, warnings: list[str]) -> AbstractAsyncContextManager[None]:

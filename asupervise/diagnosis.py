@@ -102,6 +102,15 @@ class Diagnosis:
                 task.cancel()
                 await asyncio.wait({task}, timeout=_LAST_WORDS_S)
 
+    def forget_owner(self) -> None:
+        """The group has its result: nobody is called any more.
+
+        What its workers returned may be large, and is to go with the last reference to it, not
+        when the collector finds the circle.
+        """
+        self._end_group, self._on_helper = _nothing, _nothing_for
+        self._detector = None
+
     def on_exit(self, handler: SubprocessHandler, exit: Exit) -> None:
         """A worker has ended: the OOM killer's counters are read before others change them."""
         if exit.code in _BY_SIGKILL and signal.SIGKILL not in handler.our_signals(exit)[0]:
@@ -254,6 +263,14 @@ class Diagnosis:
         if killed_by := self._killed_by.get(handler.pid):
             return killed_by
         return _core_dump() if exit.core_dumped else ""
+
+
+def _nothing() -> None:
+    """In the place of what ends the group."""
+
+
+def _nothing_for(_pid: int) -> None:
+    """In the place of whoever wants to know of helpers."""
 
 
 def _core_dump() -> str:

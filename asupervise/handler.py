@@ -187,8 +187,9 @@ class SubprocessHandler:
             _find_stragglers_soon(self)
         if not self._exited.done():
             self._exited.set_result(exit)
-        if self._on_exit is not None:
-            self._on_exit(self, exit)
+        on_exit, self._on_exit = self._on_exit, None
+        if on_exit is not None:
+            on_exit(self, exit)
 
     @property
     def local_rank(self) -> int:

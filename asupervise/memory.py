@@ -207,6 +207,10 @@ def explain_sigkill(before: OomCounts, after: OomCounts, folder: str | None) -> 
 _FROM_OUTSIDE = "SIGKILL from outside: sent neither by this supervisor nor by the OOM killer"
 
 
+def _look_no_more() -> None:
+    """In the place of what refers to the sampler in turn."""
+
+
 class MemorySampler:
     """Looks at the workers' memory from time to time.
 
@@ -229,8 +233,10 @@ class MemorySampler:
         self._next_s = min(_SELDOMER * self._next_s, self._interval_s)
 
     def stop(self) -> None:
+        """No look is taken any more; it is not to be started again."""
         if self._timer is not None:
             self._timer.cancel()
+        self._look = _look_no_more
 
     def _tick(self) -> None:
         # First the next one: whatever the look does, the looks go on.

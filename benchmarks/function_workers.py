@@ -193,7 +193,8 @@ def pipe_copy(request: dict[str, Any]) -> Sample:
 async def many_groups(request: dict[str, Any]) -> Sample:
     zygote = await _zygote([])
     args = {rank: (rank,) for rank in range(2)}
-    for _ in range(50):
+    # The allocator has taken what it needs after some hundred.
+    for _ in range(request["warmups"]):
         await _run(functions.trivial, args, zygote)
     before = Usage.of([os.getpid(), zygote.pid])
     children = _descendants()
@@ -254,7 +255,7 @@ def _torch_cases(setup: Setup, resident: Callable[[str], Resident]) -> Iterator[
                 resident(function).ask, {**request, "method": method, "preload": preload}
             )
 
-        slow = setup.rounds(2, quick=1)
+        slow = 1
         yield Case(
             name=f"import torch, N = {workers}",
             group="import torch",
@@ -279,7 +280,8 @@ def _torch_cases(setup: Setup, resident: Callable[[str], Resident]) -> Iterator[
             ]
             if workers == 8
             else [],
-            rounds=setup.rounds(15),
+            rounds=setup.rounds(12),
+            warmups=0,
             budget_s=60.0,
         )
 
@@ -321,7 +323,7 @@ def _large_case(setup: Setup, resident: Callable[[str], Resident]) -> Case:
 
 def _many_case(setup: Setup, resident: Callable[[str], Resident]) -> Case:
     groups = 50 if setup.quick else 1000
-    request = {"groups": groups}
+    request = {"groups": groups, "warmups": 10 if setup.quick else 400}
     return Case(
         name=f"{groups:,} groups of 2 on one kept zygote",
         metrics=[_WALL, _DESCRIPTORS, _PROCESSES, _MEMORY],

@@ -155,6 +155,7 @@ class _Zygote:
         import gc
 
         gc.freeze()
+        _keep_finalizers()
         self._watch_children()
         self._send("loaded", number, {"error": error, **self._witness.facts()})
 
@@ -249,6 +250,18 @@ class _Zygote:
             from asupervise.functions.memory_policy import set_memory_policy
 
             set_memory_policy(*fork["memory"])
+
+
+def _keep_finalizers() -> None:
+    """What was made here is not taken apart at the end of each worker.
+
+    torch leaves 134 finalizers behind, and to run them takes each worker 50 ms. The exit handlers
+    themselves are run: multiprocessing's, for one, waits for a worker's own children.
+    """
+    weakref = sys.modules.get("weakref")
+    registry = getattr(weakref.finalize, "_registry", {}) if weakref is not None else {}
+    for finalizer in list(registry):
+        finalizer.atexit = False
 
 
 def _hear(_signal: int, _frame: object) -> None:

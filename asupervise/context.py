@@ -76,6 +76,7 @@ class PContext:
         self._end_signal = int(signal.SIGTERM)
         self._end_grace_s = options.shutdown_timeout_s
         self._unwanted = False
+        self._streams: LogStreams | None = None
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._life: asyncio.Task[RunProcsResult] | None = None
 
@@ -214,11 +215,18 @@ class PContext:
 
     def _on_exit(self, handler: SubprocessHandler, exit: Exit) -> None:
         self._exited += 1
+        if self._streams is not None:
+            self._stop_watching(handler, self._streams)
         self._diagnosis.on_exit(handler, exit)
         if self._exited >= len(self._handlers):
             self._cleanup.woken_by_exit()
         if self._exited == self.nprocs or exit.code != 0:
             self._ending.set()
+
+    @staticmethod
+    def _stop_watching(handler: SubprocessHandler, streams: LogStreams) -> None:
+        if not handler.left_group:
+            streams.ended(handler.plan)
 
     async def _live(self) -> RunProcsResult:
         warnings = list(self.plan.warnings)
@@ -226,16 +234,13 @@ class PContext:
             files.make_folders(self.plan)
             if self._options.subreaper:
                 self._cleanup.cgroup = cgroups.make(self.plan.token)
-            async with _streams_of(self.plan, warnings) as streams:
+            async with _streams_of(self.plan, warnings) as self._streams:
                 try:
-                    async with (
-                        self._guarded(warnings) as guardian,
-                        self._prepared(warnings),
-                    ):
-                        warnings += await self._run(streams, guardian)
+                    async with self._guarded(warnings) as guardian, self._prepared(warnings):
+                        warnings += await self._run(guardian)
                 finally:
-                    if streams is not None:
-                        streams.stop()
+                    if self._streams is not None:
+                        self._streams.stop()
             result = await collect.result_of(
                 self.plan,
                 self._handlers,
@@ -280,7 +285,7 @@ class PContext:
                     "of this process would have left the workers running"
                 )
 
-    async def _run(self, streams: LogStreams | None, guardian: Guardian | None) -> list[str]:
+    async def _run(self, guardian: Guardian | None) -> list[str]:
         with ExitStack() as stack:
             if self._options.subreaper:
                 reaper = stack.enter_context(subreaping(self._is_stranger))
@@ -289,7 +294,7 @@ class PContext:
                 self._diagnosis.before_start()
                 cgroup = self._cleanup.cgroup
                 with cgroup.entered() if cgroup else nullcontext():
-                    await self._start_workers(streams)
+                    await self._start_workers()
                 stack.callback(self._settle_soon(guardian).cancel)
                 self._diagnosis.start()
                 self._started.set_result(None)
@@ -320,20 +325,22 @@ class PContext:
         helpers = self._cleanup.helpers | self._work.helpers
         return pid not in workers and pid not in helpers
 
-    async def _start_workers(self, streams: LogStreams | None) -> None:
+    async def _start_workers(self) -> None:
         parent_env = os.environ.copy()
         for worker in self.plan.workers:
             if self._unwanted:
                 return
-            self._handlers[worker.local_rank] = await SubprocessHandler.start(
+            handler = self._handlers[worker.local_rank] = await SubprocessHandler.start(
                 worker,
                 parent_env,
                 cwd=self._options.cwd,
                 on_exit=self._on_exit,
                 launch=self._work.launch,
             )
-            if streams is not None:
-                streams.follow(worker)
+            if self._streams is not None:
+                self._streams.follow(worker)
+                if handler.exit is not None:
+                    self._stop_watching(handler, self._streams)
             # Starting one takes half a millisecond of the loop's time; others get a turn.
             await asyncio.sleep(0)
 

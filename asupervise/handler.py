@@ -106,6 +106,7 @@ class SubprocessHandler:
         started_ns: when it was started, on ``time.monotonic_ns()``.
         exit: how it ended, or None while it runs.
         stragglers: members of its group that were alive when it ended.
+        left_group: whether there were any, or may have been.
 
     Example::
 
@@ -121,6 +122,7 @@ class SubprocessHandler:
         self.pid = 0
         self.exit: Exit | None = None
         self.stragglers: tuple[procfs.ProcessEntry, ...] = ()
+        self.left_group = False
         self.started_ns = 0
         self._ended_with: set[int] = set()
         self._told_to_end_ns: int | None = None
@@ -183,7 +185,8 @@ class SubprocessHandler:
     def _settle(self, exit: Exit) -> None:
         # Here the leader's pid has only just been given back: a group of that number can only
         # be ours, and whoever is in it now is proven ours for good.
-        if procfs.group_exists(self.pid):
+        self.left_group = procfs.group_exists(self.pid)
+        if self.left_group:
             _find_stragglers_soon(self)
         if not self._exited.done():
             self._exited.set_result(exit)

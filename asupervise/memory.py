@@ -13,8 +13,8 @@ from asupervise import procfs
 
 _MIB = 1 << 20
 _FIRST_SAMPLE_S = 0.1
-# Each interval is so many times the one before: five looks in the first ten minutes.
-_SELDOMER = 10
+# Each interval is so many times the one before: four looks in the first ten minutes.
+_SELDOMER = 30
 _NUMBER = re.compile(r"[0-9]{1,20}")
 # proc(5), /proc/pid/status: neighbours since both are there (Linux 2.6).
 _RESIDENT = re.compile(r"^VmHWM:\s+([0-9]{1,20}) kB\nVmRSS:\s+([0-9]{1,20}) kB$", re.MULTILINE)

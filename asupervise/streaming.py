@@ -27,10 +27,11 @@ _THREADS = 4
 # Files are watched so long after the last worker's start: a program takes longer to say something,
 # and one that is over by then is not worth a watch.
 _SOON_S = 0.01
-# And at the latest so long after the first one's, however many there are to be started.
-_LATEST_S = 0.1
-# To watch a file takes 30 us: after so many of them others have their turn of the loop.
-_WATCHED_AT_ONCE = 32
+# And at the latest so long after the first one's: while a thousand are being started, most of
+# them have said nothing yet, and each open file makes each further start slower.
+_LATEST_S = 1.0
+# To watch a file takes 30 us: after so many workers others have their turn of the loop.
+_WATCHED_AT_ONCE = 16
 
 
 class Threads(ThreadPoolExecutor):
@@ -185,8 +186,8 @@ class LogStreams:
         self._group = group
         self._sources: dict[Tailer, _Source] = {}
         self._loop = asyncio.get_running_loop()
-        # Those that are not watched yet, and when the last of them was added.
-        self._new: list[Tailer] = []
+        # Those that are not watched yet, by local rank, and when the last of them was added.
+        self._new: dict[int, list[Tailer]] = {}
         self._last_new_s = 0.0
         self._watching: anyio.CancelScope | None = None
         self._warnings: list[str] = []
@@ -225,7 +226,7 @@ class LogStreams:
             # A worker that has moved or removed its own file already.
             self._warn(path, exc)
             return
-        self._new.append(tailer)
+        self._new.setdefault(source.worker.local_rank, []).append(tailer)
         self._last_new_s = self._loop.time()
         if self._watching is None:
             self._watching = anyio.CancelScope()
@@ -241,9 +242,9 @@ class LogStreams:
                 delay_s = self._until_worth_it(first_new_s)
             await self._hub.watches.prepare()
             while self._new:
-                for tailer in self._new[:_WATCHED_AT_ONCE]:
-                    self._watch(tailer)
-                del self._new[:_WATCHED_AT_ONCE]
+                for rank in list(self._new)[:_WATCHED_AT_ONCE]:
+                    for tailer in self._new.pop(rank):
+                        self._watch(tailer)
                 await asyncio.sleep(0)
             self._watching = None
 
@@ -252,6 +253,13 @@ class LogStreams:
             tailer.follow()
         except OSError as exc:
             self._warn(tailer.path, exc)
+
+    def ended(self, worker: WorkerPlan) -> None:
+        """A worker has ended and left nobody behind: its files are only looked at in the end.
+
+        Where they are watched already that goes on: who has left its process group may write.
+        """
+        self._new.pop(worker.local_rank, None)
 
     def _until_worth_it(self, first_new_s: float) -> float:
         due = min(self._last_new_s + _SOON_S, first_new_s + _LATEST_S)

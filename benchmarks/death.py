@@ -150,7 +150,7 @@ def _calls(setup: Setup) -> Iterator[Case]:
                     Goal(_KNOWN.name, "<=", 1.5, statistic="p90"),
                     Goal(_REAPED.name, "<=", 1.5, against=_LIMIT),
                 ],
-                rounds=setup.rounds(20, quick=4),
+                rounds=setup.rounds(12, quick=4),
                 warmups=1,
             )
 
@@ -175,7 +175,7 @@ def _commands(setup: Setup) -> Iterator[Case]:
                 for name, command in commands
             ],
             limit=_LIMIT,
-            rounds=setup.rounds(5),
+            rounds=setup.rounds(3),
             warmups=0,
         )
 

@@ -265,10 +265,10 @@ def _torch_cases(setup: Setup, resident: Callable[[str], Resident]) -> Iterator[
                 Candidate(_FORK, asked("warm_fork", "")),
                 Candidate(_MP_FORKSERVER, asked("multiprocessing", "forkserver")),
                 Candidate(SUBJECT, asked("supervised", "zygote")),
-                Candidate(_OURS_SPAWN, asked("supervised", "spawn"), rounds=slow),
-                Candidate(_MP_SPAWN, asked("multiprocessing", "spawn"), rounds=slow),
+                Candidate(_OURS_SPAWN, asked("supervised", "spawn"), rounds=slow, cold=True),
+                Candidate(_MP_SPAWN, asked("multiprocessing", "spawn"), rounds=slow, cold=True),
                 *(
-                    Candidate(name, asked("torch", method), rounds=slow)
+                    Candidate(name, asked("torch", method), rounds=slow, cold=True)
                     for method, name in _TORCH.items()
                 ),
             ],
@@ -281,7 +281,6 @@ def _torch_cases(setup: Setup, resident: Callable[[str], Resident]) -> Iterator[
             if workers == 8
             else [],
             rounds=setup.rounds(12),
-            warmups=0,
             budget_s=60.0,
         )
 

@@ -52,7 +52,7 @@ def _cases(setup: Setup) -> Iterator[Case]:
             candidates=list(_candidates(workers, setup)),
             limit=_LIMIT,
             goals=list(_goals(workers)),
-            rounds=setup.rounds(17 if workers < 128 else 13),
+            rounds=setup.rounds(11),
         )
 
 

@@ -92,8 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes",
         type=float,
-        default=14.0,
-        help="after so many, each case that is left gets one round (default: 14)",
+        default=16.0,
+        help="after so many, each case that is left gets one round (default: 16)",
     )
     parser.add_argument(
         "--results",

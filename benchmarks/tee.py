@@ -162,7 +162,7 @@ def _cases(setup: Setup) -> Iterator[Case]:
                     ],
                     limit=_LIMIT,
                     goals=[Goal(_RATE.name, ">=", 0.85, against=_LIMIT)],
-                    rounds=setup.rounds(5),
+                    rounds=setup.rounds(4),
                     check=check if to_pipe else None,
                 )
     yield from complete.cases(setup)
@@ -192,10 +192,10 @@ def _commands(setup: Setup, workers: int, data: Path, few: Path, sink: int) -> I
     yield Candidate(_WHOLE, _timed(ours, data, workers, sink))
     if (sed := shutil.which("sed")) is not None:
         finished = Command([sed, "s/^/[bench0]:/", *[str(data)] * workers])
-        yield Candidate("sed, finished files", _timed(finished, data, workers, sink), rounds=3)
+        yield Candidate("sed, finished files", _timed(finished, data, workers, sink), rounds=2)
     names = ("mpirun", "parallel")
     for name, command in setup.peers.commands(names, workers, [*words, str(data)], tee=True):
-        yield Candidate(name, _timed(command, data, workers, sink), rounds=3)
+        yield Candidate(name, _timed(command, data, workers, sink), rounds=2)
     if workers == 1:
         # It ends the others when one has ended, and is too slow for so many lines.
         for name, command in setup.peers.commands(["honcho"], 1, [*words, str(few)], tee=True):

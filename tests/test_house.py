@@ -104,15 +104,20 @@ ROOMS = {
     ),
     "functions.bootstrap": room("functions.running"),
     "functions.memory_policy": room(),
-    "functions.zygote_main": room("functions.running worker", lazily="functions.memory_policy"),
+    "functions.witness": room(),
+    "functions.zygote_main": room(
+        "functions.running functions.witness worker", lazily="functions.memory_policy"
+    ),
     "functions.interpreter": room("errors"),
     "functions.spec": room("functions.bootstrap functions.interpreter"),
     "functions.payload": room("errors functions.frames functions.running", others="cloudpickle"),
-    "functions.environment": room(),
+    "functions.environment": room("errors"),
     "functions.results": room("functions.frames", asynchronous=True),
+    "functions.forked": room("_compat procfs", asynchronous=True),
     "functions.zygote": room(
-        "_compat cleanup errors functions.interpreter functions.payload"
-        " functions.zygote_main guardian handler plan procfs shielding",
+        "_compat cleanup errors functions.environment functions.forked"
+        " functions.interpreter functions.payload functions.zygote_main guardian handler"
+        " plan procfs shielding",
         asynchronous=True,
     ),
     "functions.work": room(

@@ -431,6 +431,33 @@ async def test_silent_workers_cost_no_thread_and_no_task(
     assert not [thread for thread in threading.enumerate() if "asupervise-logs" in thread.name]
 
 
+async def test_who_has_ended_and_left_nobody_behind_is_not_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it has said is shown all the same: its files are looked at in the end."""
+    armed: list[str] = []
+    arm = InotifyWatches.arm
+
+    def noted(self: InotifyWatches, who: Any) -> None:
+        armed.append(Path(who.path).parent.name)
+        arm(self, who)
+
+    monkeypatch.setattr(InotifyWatches, "arm", noted)
+    monkeypatch.setattr(streaming, "_SOON_S", 0.3)
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    with shown_in(tmp_path / "console"):
+        async with starting("echo a", f"read _ < {go}; echo b", "sleep 0.5 & exit 0") as ctx:
+            async with asyncio.timeout(CEILING_S):
+                while not {"1", "2"} <= set(armed):
+                    await asyncio.sleep(0.01)
+            go.write_text("\n")
+            await ctx.wait()
+    assert "0" not in armed
+    shown = (tmp_path / "console").read_text().splitlines()
+    assert sorted(shown) == ["[w0]:a", "[w1]:b"]
+
+
 # --- prompts ------------------------------------------------------------------------------------
 
 

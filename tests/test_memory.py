@@ -355,7 +355,7 @@ async def test_looks_become_rarer_and_an_error_does_not_end_them(
         with pytest.raises(ValueError, match="goes wrong"):
             ticks[-1]()
     sampler.stop()
-    assert due == [0.1, 1.0, 10.0, 50.0, 50.0, 50.0, 50.0]
+    assert due == [0.1, 3.0, 50.0, 50.0, 50.0, 50.0, 50.0]
 
 
 def timers() -> list[asyncio.TimerHandle]:

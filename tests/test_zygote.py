@@ -29,7 +29,7 @@ from asupervise import (
     start_processes,
 )
 from asupervise.functions import environment
-from asupervise.functions.zygote import _check_facts
+from asupervise.functions.environment import check_facts
 from tests import function_workers as workers
 from tests.conftest import ROOT, clean_environment, open_files, own_children, wait_gone
 from tests.workers import Channel, gone, is_alive
@@ -349,8 +349,8 @@ async def test_a_thread_that_has_ended_is_none(write: Write) -> None:
 def test_an_accelerators_context_is_refused() -> None:
     facts = {"devices": {"/dev/nvidia-uvm": "uses_cuda"}, "threads": {}}
     with pytest.raises(ZygoteError, match="the import of uses_cuda has opened /dev/nvidia-uvm"):
-        _check_facts(facts)
-    _check_facts({"devices": {}, "threads": {}})
+        check_facts(facts)
+    check_facts({"devices": {}, "threads": {}})
 
 
 # --- variables that come too late -----------------------------------------------------------------

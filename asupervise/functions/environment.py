@@ -1,11 +1,13 @@
-"""Environment variables that a forked worker gets too late. Pure."""
+"""What a fork does not survive, and environment variables that come too late for it. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["common", "warnings"]
+from asupervise.errors import ZygoteError
+
+__all__ = ["check_facts", "common", "warnings"]
 
 # Read when a program is loaded (ld.so(8), mallopt(3)) or when the interpreter starts.
 _READ_AT_EXEC = ("LD_", "GLIBC_TUNABLES", "MALLOC_")
@@ -78,3 +80,27 @@ def _too_late(name: str, facts: Mapping[str, Any]) -> str:
     if name.startswith(_READ_BY_OPENMP) and facts["openmp"]:
         return f"the OpenMP library that the import of {facts['openmp']} has loaded has read it"
     return ""
+
+
+def check_facts(facts: Mapping[str, Any]) -> None:
+    """Refuse to fork from a process that holds what no fork survives.
+
+    A fork copies one thread alone: a lock that another one held stays locked for ever (fork(2)).
+    CUDA says of itself that it cannot be used in a forked process.
+    """
+    for path, module in facts["devices"].items():
+        raise ZygoteError(
+            f"preload: {_blamed(module)} has opened {path}: a forked process cannot use the "
+            "context of an accelerator that its parent has made",
+            hint="import it without using the device, or use start_method 'spawn'",
+        )
+    for name, module in facts["threads"].items():
+        raise ZygoteError(
+            f"preload: {_blamed(module)} has started the thread {name!r}, which a fork would not "
+            "copy: a lock that it holds would stay locked in every worker",
+            hint="start it in the worker's function, or use start_method 'spawn'",
+        )
+
+
+def _blamed(module: str) -> str:
+    return f"the import of {module}" if module else "an import"

@@ -16,7 +16,8 @@ from asupervise import procfs
 from asupervise._compat import Exit, ExitCallback, exit_now
 from asupervise.cleanup import Cleanup
 from asupervise.errors import ZygoteError
-from asupervise.functions import zygote_main
+from asupervise.functions import environment, zygote_main
+from asupervise.functions.forked import ZygoteChild
 from asupervise.functions.interpreter import checked_preload, interpreter
 from asupervise.functions.payload import Luggage, make_call_file, unnamed_file
 from asupervise.guardian import Guardian, guarded
@@ -29,7 +30,7 @@ from asupervise.handler import (
 from asupervise.plan import TOKEN_VARIABLE, WorkerPlan
 from asupervise.shielding import run_in_any_case
 
-__all__ = ["Zygote", "ZygoteChild"]
+__all__ = ["Zygote"]
 
 # Room for the tokens of a group and of the supervisors around it, behind the zygote's own.
 _TOKEN_ROOM = 480
@@ -293,7 +294,7 @@ class Zygote:
                 pid=self.pid,
                 hint="the names must be importable with this process's sys.path",
             )
-        _check_facts(facts)
+        environment.check_facts(facts)
         self._loaded, self._facts = setup, facts
         return facts
 
@@ -437,86 +438,6 @@ class Zygote:
         child, code, core = self._being_reaped.pop(pid)
         if child is not None:
             child.ended(exit_now(code, peak_kib=peak_kib or None), core)
-
-
-class ZygoteChild:
-    """A worker that a zygote has forked; as `_compat.Child` for those that we start ourselves.
-
-    Attributes:
-        pid: its process id, which stays its own until its end has been noted.
-        is_zombie: whether it has ended, which is about to be noted.
-    """
-
-    def __init__(self, on_exit: ExitCallback) -> None:
-        self.pid = 0
-        self.is_zombie = False
-        self._on_exit: ExitCallback | None = on_exit
-        self._watching = -1
-
-    def has_ended(self) -> bool:
-        """Whether it has ended, also where nobody has told us yet."""
-        entry = procfs.read_entry(self.pid)
-        return self.is_zombie or entry is None or not entry.alive
-
-    def abandon(self) -> None:
-        """Wait no longer for it."""
-        self._on_exit = None
-        self._stop_watching()
-
-    def ended(self, exit: Exit, core_dumped: bool | None = None) -> None:
-        on_exit, self._on_exit = self._on_exit, None
-        if on_exit is not None:
-            on_exit(exit._replace(core_dumped=core_dumped))
-
-    def orphaned(self) -> None:
-        """The zygote is gone, and nobody will tell how this worker ends; only when."""
-        if self._on_exit is None or not self.pid:
-            return
-        try:
-            self._watching = os.pidfd_open(self.pid)
-        except (OSError, AttributeError):
-            self._lost()
-            return
-        entry = procfs.read_entry(self.pid)
-        if entry is None or entry.session != self.pid:
-            self._lost()
-            return
-        asyncio.get_running_loop().add_reader(self._watching, self._lost)
-
-    def _lost(self) -> None:
-        self._stop_watching()
-        # As for a child that somebody else has reaped.
-        self.ended(exit_now(255))
-
-    def _stop_watching(self) -> None:
-        if self._watching >= 0:
-            asyncio.get_running_loop().remove_reader(self._watching)
-            os.close(self._watching)
-            self._watching = -1
-
-
-def _check_facts(facts: Mapping[str, Any]) -> None:
-    """Refuse to fork from a process that holds what no fork survives.
-
-    A fork copies one thread alone: a lock that another one held stays locked for ever (fork(2)).
-    CUDA says of itself that it cannot be used in a forked process.
-    """
-    for path, module in facts["devices"].items():
-        raise ZygoteError(
-            f"preload: {_blamed(module)} has opened {path}: a forked process cannot use the "
-            "context of an accelerator that its parent has made",
-            hint="import it without using the device, or use start_method 'spawn'",
-        )
-    for name, module in facts["threads"].items():
-        raise ZygoteError(
-            f"preload: {_blamed(module)} has started the thread {name!r}, which a fork would not "
-            "copy: a lock that it holds would stay locked in every worker",
-            hint="start it in the worker's function, or use start_method 'spawn'",
-        )
-
-
-def _blamed(module: str) -> str:
-    return f"the import of {module}" if module else "an import"
 
 
 def _how(code: int) -> str:

@@ -322,7 +322,7 @@ def _large_case(setup: Setup, resident: Callable[[str], Resident]) -> Case:
 
 def _many_case(setup: Setup, resident: Callable[[str], Resident]) -> Case:
     groups = 50 if setup.quick else 1000
-    request = {"groups": groups, "warmups": 10 if setup.quick else 400}
+    request = {"groups": groups, "warmups": 10 if setup.quick else 600}
     return Case(
         name=f"{groups:,} groups of 2 on one kept zygote",
         metrics=[_WALL, _DESCRIPTORS, _PROCESSES, _MEMORY],

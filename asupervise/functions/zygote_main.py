@@ -164,6 +164,8 @@ class _Zygote:
                 self._witness.look("__main__")
             running.import_modules(setup["modules"], self._witness.look)
         except BaseException:
+            # Whatever it is, sys.exit included, each worker meets it again and reports it as its
+            # own end; here it would end the zygote of all other groups as well.
             pass
 
     # --- workers ----------------------------------------------------------------------------

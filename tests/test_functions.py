@@ -29,7 +29,6 @@ from asupervise import (
     MemoryPolicy,
     NotPicklableError,
     NumaOptions,
-    PContext,
     ProcessFailure,
     RunProcsResult,
     Std,
@@ -104,13 +103,7 @@ def start(function: Any, *args: tuple[Any, ...], **options: Any) -> Any:
 
 async def run(function: Any, *args: tuple[Any, ...], **options: Any) -> RunProcsResult:
     async with start(function, *args, **options) as ctx:
-        return await ended(ctx)
-
-
-async def ended(ctx: PContext) -> RunProcsResult:
-    result = await ctx.wait()
-    assert result is not None
-    return result
+        return await ctx.wait()
 
 
 async def value_of(function: Any, *args: Any, **options: Any) -> Any:
@@ -171,7 +164,7 @@ async def test_large_values_do_not_pass_through_the_disk(method: str, tmp_path: 
     async with start(
         workers.big_bytes, (8 * MEBIBYTE,), method=method, logs_specs=to_files(tmp_path)
     ) as ctx:
-        result = await ended(ctx)
+        result = await ctx.wait()
     assert len(result.return_values[0]) == 8 * MEBIBYTE
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < MEBIBYTE
@@ -214,7 +207,7 @@ async def test_all_or_nothing(method: str, channel: Channel) -> None:
         for rank in (0, 2):
             await gone(ctx.pids()[rank])
         await channel.open_gate()
-        result = await ended(ctx)
+        result = await ctx.wait()
     assert result.return_values == {}
     assert list(result.failures) == [1]
 
@@ -327,7 +320,7 @@ async def test_deep_recursion(method: str) -> None:
 async def test_the_others_are_ended_and_not_blamed(method: str, channel: Channel) -> None:
     path = str(channel.path)
     async with start(_fail_when_the_other_is_ready, (path, 0), (path, 1), method=method) as ctx:
-        result = await ended(ctx)
+        result = await ctx.wait()
     assert result.root_cause is not None
     assert result.root_cause[0] == 1
     assert result.failures[0].ended_by_us
@@ -452,7 +445,7 @@ async def test_who_closes_the_channel_and_lives_on(method: str, channel: Channel
         await channel.lines(1)
         assert await ctx.wait(0.1) is None
         await channel.open_gate()
-        result = await ended(ctx)
+        result = await ctx.wait()
     assert result.return_values == {0: None}
     failure = await failure_of(workers.close_all_and_exit, 7, method=method)
     assert failure.exitcode == 7
@@ -502,7 +495,7 @@ def _send_surroundings(connection: Any) -> None:
 async def test_its_session_and_parent(any_method: Any) -> None:
     async with start(workers.surroundings, (), (), method=any_method) as ctx:
         pids = ctx.pids()
-        result = await ended(ctx)
+        result = await ctx.wait()
     for rank, seen in result.return_values.items():
         assert seen["pid"] == seen["session"] == seen["group"] == pids[rank]
         assert seen["ppid"] == (any_method.pid if isinstance(any_method, Zygote) else seen["ppid"])
@@ -712,7 +705,7 @@ async def test_signals(method: str, channel: Channel) -> None:
         assert await ctx.wait(0) is None
         ctx.send_signal(signal.SIGSTOP, ranks=[0])
         await ctx.close(signal.SIGINT)
-        result = await ended(ctx)
+        result = await ctx.wait()
     assert {f.exitcode for f in result.failures.values()} == {-signal.SIGINT}
     assert all(failure.ended_by_us for failure in result.failures.values())
 
@@ -721,7 +714,7 @@ async def test_leaving_the_block_ends_all(any_method: Any, channel: Channel) -> 
     ranks = [(str(channel.path), rank) for rank in range(2)]
     async with start(workers.ready_then_sleep, *ranks, method=any_method) as ctx:
         pids = (await channel.pids(2)).values()
-    result = await ended(ctx)
+    result = await ctx.wait()
     assert not any(map(is_alive, pids))
     assert {f.exitcode for f in result.failures.values()} == {-signal.SIGTERM}
     assert result.root_cause is None
@@ -732,7 +725,7 @@ async def test_the_stubborn_are_killed(method: str, channel: Channel) -> None:
         workers.stubborn, (str(channel.path), 0), method=method, shutdown_timeout=0.1
     ) as ctx:
         await channel.pids(1)
-    [failure] = (await ended(ctx)).failures.values()
+    [failure] = (await ctx.wait()).failures.values()
     assert failure.exitcode == -signal.SIGKILL
     assert failure.ended_by_us
 
@@ -745,7 +738,7 @@ async def test_families_and_escapees_are_ended(
         [[_, _, *pids]] = await channel.lines(1)
         assert len(pids) == 4
         assert all(is_alive(int(pid)) for pid in pids)
-    result = await ended(ctx)
+    result = await ctx.wait()
     assert result.warnings == ()
     for pid in pids:
         await gone(int(pid))
@@ -756,7 +749,7 @@ async def test_daemons_are_ended(any_method: Any, channel: Channel) -> None:
     async with start(workers.orphan_and_return, (str(channel.path),), method=any_method) as ctx:
         [[_, _, pid]] = await channel.lines(1)
         assert carries_token(int(pid))
-        result = await ended(ctx)
+        result = await ctx.wait()
     await gone(int(pid))
     assert result.return_values == {0: "done"}
     assert result.warnings == ()
@@ -781,7 +774,7 @@ async def test_cancelling_who_waits_harms_nobody(method: str, channel: Channel) 
         with pytest.raises(asyncio.CancelledError):
             await waiting
         await channel.open_gate()
-        assert (await ended(ctx)).return_values == {0: 0}
+        assert (await ctx.wait()).return_values == {0: 0}
 
 
 @pytest.mark.parametrize("turns", [0, 2, 5, 9])
@@ -823,7 +816,7 @@ async def test_a_hang(method: str, channel: Channel) -> None:
     async with start(
         workers.ready_then_sleep, (str(channel.path), 0), method=method, hang_timeout=0.5
     ) as ctx:
-        result = await ended(ctx)
+        result = await ctx.wait()
     assert result.root_cause is not None
     rank, failure = result.root_cause
     assert rank == 0

@@ -21,7 +21,6 @@ import pytest
 from asupervise import (
     ChildFailedError,
     DefaultLogsSpecs,
-    PContext,
     RunProcsResult,
     Std,
     Zygote,
@@ -69,13 +68,7 @@ def start(function: Any, *args: tuple[Any, ...], method: Any = "forkserver", **o
 
 async def run(function: Any, *args: tuple[Any, ...], **options: Any) -> RunProcsResult:
     async with start(function, *args, **options) as ctx:
-        return await ended(ctx)
-
-
-async def ended(ctx: PContext) -> RunProcsResult:
-    result = await ctx.wait()
-    assert result is not None
-    return result
+        return await ctx.wait()
 
 
 async def value_of(function: Any, *args: Any, **options: Any) -> Any:
@@ -117,7 +110,7 @@ async def test_many_groups_at_once(channel: Channel) -> None:
             results = await asyncio.gather(*groups)
             assert await ctx.wait(0) is None
             await channel.open_gate()
-            assert (await ended(ctx)).return_values == {0: 0}
+            assert (await ctx.wait()).return_values == {0: 0}
     assert [r.return_values for r in results] == [{0: (n,), 1: (n, n)} for n in range(12)]
 
 
@@ -232,12 +225,12 @@ async def test_it_is_no_orphan_of_a_group_whose_orphans_come_to_us(channel: Chan
             # Longer than the time in which only processes younger than the group are looked at.
             assert await ctx.wait(0.6) is None
             await channel.open_gate()
-            assert (await ended(ctx)).return_values == {0: 0}
+            assert (await ctx.wait()).return_values == {0: 0}
         assert own_children() == before
     group = start(workers.orphan_and_return, (str(channel.path),), subreaper=True)
     async with group as ctx:
         [[_, _, pid]] = await channel.lines(1)
-        assert (await ended(ctx)).warnings == ()
+        assert (await ctx.wait()).warnings == ()
     await gone(int(pid))
 
 
@@ -416,7 +409,7 @@ async def test_killed_while_workers_run(channel: Channel) -> None:
         pids = await channel.pids(3)
         assert sorted(children_of(zygote.pid)) == sorted(pids.values())
         os.kill(zygote.pid, signal.SIGKILL)
-        result = await ended(ctx)
+        result = await ctx.wait()
         for pid in pids.values():
             await gone(pid)
     assert result.return_values == {}
@@ -431,7 +424,7 @@ async def test_killed_while_workers_run_that_are_its_only_groups(channel: Channe
         [[_, _, pid]] = await channel.lines(1)
         zygote = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(zygote, signal.SIGKILL)
-        result = await ended(ctx)
+        result = await ctx.wait()
         await gone(int(pid))
     assert "the zygote" in report_of(result)
 
@@ -486,9 +479,9 @@ async def test_closed_while_groups_run(channel: Channel) -> None:
             lines = await channel.lines(2)
             pids = [int(pid) for line in lines for pid in line[2:]]
             await zygote.close()
-            result = await ended(ctx)
+            result = await ctx.wait()
         assert "it has been closed" in report_of(result)
-        assert "it has been closed" in report_of(await ended(stubborn))
+        assert "it has been closed" in report_of(await stubborn.wait())
     for pid in pids:
         await gone(pid)
 

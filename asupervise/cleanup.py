@@ -16,12 +16,16 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from asupervise import procfs
-from asupervise.cgroups import OwnCgroup
-from asupervise.handler import SubprocessHandler
 from asupervise.newcomers import Newcomers
+
+if TYPE_CHECKING:
+    # A guardian that has become the sweeper has a second from its first instruction to the last
+    # orphan's end; it needs neither handlers nor what they import.
+    from asupervise.cgroups import OwnCgroup
+    from asupervise.handler import SubprocessHandler
 
 # How long a SIGKILLed process may take to go: longer means uninterruptible sleep.
 KILL_WAIT_S = 5.0
@@ -192,7 +196,7 @@ class Cleanup:
             # Hardly ever is anybody stopped, and most are gone in a moment: nobody waits for
             # us to ask those, too.
             self._resuming = asyncio.get_running_loop().call_later(
-                _RESUME_S, self._tell, SubprocessHandler.resume
+                _RESUME_S, self._tell, lambda handler: handler.resume()
             )
 
     def _tell(self, what: Callable[[SubprocessHandler], object]) -> None:

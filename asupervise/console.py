@@ -104,6 +104,28 @@ class Console:
         if parts:
             await self._unless_broken(self._put(parts))
 
+    @property
+    def takes_lines(self) -> bool:
+        """Whether :meth:`write_lines` is worth a try: a pipe that nobody is writing to."""
+        return self._empty_pipe_takes and self.broken is None and not self.turn.locked()
+
+    def write_lines(self, owner: object, framed: Framed) -> bool:
+        """Write a few whole lines at once, all of them or none; False if it would take waiting.
+
+        `turn` must be free.
+        """
+        before = self._screen.unfinished_by
+        parts = self._joined(owner, framed)
+        # So much goes into a pipe as one, or not at all (pipe(7)).
+        if sum(map(len, parts)) <= select.PIPE_BUF:
+            try:
+                if self._write_at_once(parts):
+                    return True
+            except Exception as exc:
+                self.broken = exc
+        self._screen.unfinished_by = before
+        return False
+
     async def write_all(self, owner: object, framings: Blocks[Framed]) -> None:
         """Write what comes out of an iterator, which runs in the writing thread.
 

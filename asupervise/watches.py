@@ -37,8 +37,12 @@ class Watched(Protocol):
     fd: int
     path: str
 
-    def changed(self) -> bool:
-        """Called in the event loop when it has; False if nobody waits for more just now."""
+    def changed(self, *, only_written: bool = False) -> bool:
+        """Called in the event loop when it has; False if nobody waits for more just now.
+
+        Args:
+            only_written: it is where it was, and nothing else has happened to it.
+        """
 
 
 class InotifyWatches:
@@ -64,6 +68,7 @@ class InotifyWatches:
         self._file_mask = mask.MODIFY | mask.ATTRIB | mask.MOVE_SELF
         self._folder_mask = mask.CREATE | mask.MOVED_TO
         self._ended, self._overflow = int(mask.IGNORED), int(mask.Q_OVERFLOW)
+        self._written = int(mask.MODIFY)
         self._waiting: dict[int, list[Watched]] = {}
         self._file_watches: dict[Watched, Any] = {}
         self._folder_watches: dict[Watched, Any] = {}
@@ -131,15 +136,15 @@ class InotifyWatches:
             if mask & self._overflow:
                 # Events were dropped: everybody looks for himself.
                 for other in list(self._waiting):
-                    self._fired(other)
+                    self._fired(other, 0)
             if mask & self._ended:
                 # What its reader does then, and all that it does: else it would keep them all.
                 self._inotify._watches.pop(watch, None)
-            self._fired(watch, ended=bool(mask & self._ended))
+            self._fired(watch, mask)
 
-    def _fired(self, watch: int, *, ended: bool = False) -> None:
+    def _fired(self, watch: int, mask: int) -> None:
         for who in self._waiting.get(watch, ())[:]:
-            if not who.changed() or ended:
+            if not who.changed(only_written=mask == self._written) or mask & self._ended:
                 self.forget(who)
 
     def close(self, threads: Executor) -> asyncio.Future[None]:

@@ -26,6 +26,9 @@ PREFIX = b"[w0]:"
 class Recorder:
     """Stands for a console: keeps what it is given, and tells who waits for it."""
 
+    # Whether it takes some lines at once, as an empty pipe does, while it admits anything.
+    at_once = True
+
     def __init__(self) -> None:
         self.turn = asyncio.Lock()
         self.blocks = asyncio.Semaphore(4)
@@ -37,6 +40,16 @@ class Recorder:
         self._written = asyncio.Event()
         self.admit = asyncio.Event()
         self.admit.set()
+
+    @property
+    def takes_lines(self) -> bool:
+        return self.at_once and self.broken is None and not self.turn.locked()
+
+    def write_lines(self, owner: object, framed: Framed) -> bool:
+        assert not self.turn.locked()
+        if self.admit.is_set():
+            self._add(owner, framed)
+        return self.admit.is_set()
 
     async def write_all(self, owner: object, framings: Iterator[Framed]) -> None:
         assert self.turn.locked()
@@ -136,10 +149,12 @@ def refuse(*_: object, **__: object) -> Any:
     raise OSError(errno.ENOSPC, "no more watches")
 
 
-@pytest.fixture(params=["inotify", "no inotify", "no watches"])
+@pytest.fixture(params=["inotify", "inotify, nothing at once", "no inotify", "no watches"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """However we learn of a change, we learn of it."""
-    if request.param == "no inotify":
+    if request.param == "inotify, nothing at once":
+        monkeypatch.setattr(Recorder, "at_once", False)
+    elif request.param == "no inotify":
         monkeypatch.setattr(InotifyWatches, "__init__", refuse)
     elif request.param == "no watches":
         monkeypatch.setattr(InotifyWatches, "_add", refuse)
@@ -231,9 +246,11 @@ async def test_a_closed_tailer_holds_nothing(log: Path, way: str) -> None:
         assert files.console.data == b"[w0]:x\n"
         inotify = files.watches._inotify
         if inotify is not None:
-            await asyncio.sleep(0)
             assert inotify._waiting == {}
-            assert list(inotify._inotify.watches) == []
+            # The kernel says so, in an event.
+            async with asyncio.timeout(CEILING_S):
+                while list(inotify._inotify.watches):
+                    await asyncio.sleep(0)
 
 
 async def test_a_file_on_a_file_system_that_cannot_say(
@@ -561,6 +578,35 @@ async def test_a_slow_console_holds_few_blocks(tmp_path: Path) -> None:
         assert await files.finish() == (PREFIX + line) * 20_000 * 16
 
 
+async def test_what_the_console_did_not_take_at_once_is_not_lost(log: Path) -> None:
+    async with following() as files:
+        files.follow(log)
+        files.console.admit.clear()
+        with worker(log) as write:
+            write(b"a\n")
+            async with asyncio.timeout(CEILING_S):
+                await files.started.wait()
+            write(b"b\n")
+            files.console.admit.set()
+            await files.console.until_shown(b"b\n")
+        assert await files.finish() == b"[w0]:a\n[w0]:b\n"
+
+
+async def test_whole_lines_end_what_was_begun(log: Path, way: str) -> None:
+    async with following() as files:
+        files.follow(log, prompts=True)
+        with worker(log) as write:
+            for number in range(3):
+                write(b"name? ")
+                await files.console.until(lambda data, n=number: data.count(b"name? ") > n)
+                write(b"x\nyes\n")
+                await files.console.until(lambda data, n=number: data.count(b"yes\n") > n)
+                write(b"no\n")
+                await files.console.until(lambda data, n=number: data.count(b"no\n") > n)
+        expected = b"[w0]:name? x\n[w0]:yes\n[w0]:no\n" * 3
+        assert await files.finish() == expected
+
+
 async def test_nobody_reads_for_a_console_that_is_gone(log: Path) -> None:
     async with following() as files:
         files.follow(log)
@@ -620,7 +666,7 @@ class Waiter:
         self.woken = asyncio.Event()
         self.goes_on = goes_on
 
-    def changed(self) -> bool:
+    def changed(self, *, only_written: bool = False) -> bool:
         self.wakings += 1
         self.woken.set()
         return self.goes_on

@@ -181,10 +181,11 @@ class Tailer:
         if self._stopping:
             return
         self._stopping = True
-        self._end = os.fstat(self.fd).st_size
+        ours = os.fstat(self.fd)
+        self._end = ours.st_size
         if self._started:
             self.changed()
-        elif self._unread():
+        elif self._unread_of(ours):
             self._run_soon()
         else:
             self.close()

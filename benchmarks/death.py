@@ -137,7 +137,7 @@ def _calls(setup: Setup) -> Iterator[Case]:
                 Candidate(SUBJECT, partial(ours.ask, request)),
             ]
             if torch is not None:
-                candidates.append(Candidate("torch", partial(torch.ask, request), rounds=6))
+                candidates.append(Candidate("torch", partial(torch.ask, request), rounds=3))
             yield Case(
                 name=f"{workers} ranks",
                 group="a call in a warm process",
@@ -150,7 +150,7 @@ def _calls(setup: Setup) -> Iterator[Case]:
                     Goal(_KNOWN.name, "<=", 1.5, statistic="p90"),
                     Goal(_REAPED.name, "<=", 1.5, against=_LIMIT),
                 ],
-                rounds=setup.rounds(12, quick=4),
+                rounds=setup.rounds(10, quick=4),
                 warmups=1,
             )
 

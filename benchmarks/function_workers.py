@@ -280,7 +280,7 @@ def _torch_cases(setup: Setup, resident: Callable[[str], Resident]) -> Iterator[
             ]
             if workers == 8
             else [],
-            rounds=setup.rounds(12),
+            rounds=setup.rounds(8),
             budget_s=60.0,
         )
 
@@ -298,7 +298,7 @@ def _spawn_case(setup: Setup, resident: Callable[[str], Resident], workers: int)
         ],
         limit=_BARE_PYTHON,
         goals=[Goal(_WALL.name, "<=", 2, against=_BARE_PYTHON)],
-        rounds=setup.rounds(15),
+        rounds=setup.rounds(11),
         budget_s=12.0,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.measure import SUBJECT, Candidate, Case, Goal, Metric, Sample
 from benchmarks.processes import Resident, ms
-from benchmarks.topics import Setup, Topic
+from benchmarks.topics import IN_MEMORY, Setup, Topic
 
 _BARE = "bare asyncio"
 _BARE_FILES = "bare asyncio, to files"
@@ -115,15 +115,20 @@ def _case(setup: Setup, residents: dict[str, Resident], output: str, workers: in
         "masks": _OUTPUTS[output],
         "log_dir": str(setup.scratch / "launch_api"),
     }
+    candidates = list(_candidates(residents, output, request))
+    if output != "console":
+        for memory in setup.memory_folder("launch_api"):
+            in_memory = {**request, "log_dir": memory}
+            candidates.append(Candidate(IN_MEMORY, partial(residents[SUBJECT].ask, in_memory)))
     return Case(
         name=f"N = {workers}, {output}",
         group=f"output: {output}",
         size=workers,
         metrics=[_WALL],
-        candidates=list(_candidates(residents, output, request)),
+        candidates=candidates,
         limit=_BARE,
         goals=list(_goals(output, workers)),
-        rounds=setup.rounds(15 if workers < 1024 else 3),
+        rounds=setup.rounds(11 if workers < 1024 else 3),
         warmups=0 if workers == 1024 else 1 if setup.quick else 2,
         budget_s=12.0,
     )

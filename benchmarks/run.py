@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         peers = Peers(options.peers, scratch)
         deadline_s = time.monotonic() + 60 * options.minutes
         setup = Setup(scratch, peers, options.quick, options.seconds, options.rounds, deadline_s)
-        measured = [_measure(topic, setup) for topic in chosen]
+        try:
+            measured = [_measure(topic, setup) for topic in chosen]
+        finally:
+            setup.remove_memory_folders()
         made = results.document(setup, measured, left_behind())
     _conclude(made)
     _keep(made, _folder(options))
@@ -92,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes",
         type=float,
-        default=16.0,
-        help="after so many, each case that is left gets one round (default: 16)",
+        default=15.5,
+        help="after so many, each case that is left gets one round (default: 15.5)",
     )
     parser.add_argument(
         "--results",

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.measure import SUBJECT, Candidate, Case, Goal, Metric, Sample
 from benchmarks.processes import Marked, Resident, ms
-from benchmarks.topics import Setup, Topic
+from benchmarks.topics import IN_MEMORY, Setup, Topic
 from benchmarks.usage import SLEEPER, Usage, cpu_ns, is_worker
 
 LIMIT = "bare asyncio"
@@ -138,9 +138,14 @@ def _cases(setup: Setup) -> Iterator[Case]:
         Candidate(LIMIT, partial(run_fresh, "bare", request)),
         Candidate(SUBJECT, partial(run_fresh, "supervised", request)),
     ]
+    for memory in setup.memory_folder("scale"):
+        in_memory = {**request, "log_dir": memory}
+        candidates.append(
+            Candidate(IN_MEMORY, partial(run_fresh, "supervised", in_memory), rounds=2)
+        )
     if setup.peers.torch_python is not None:
         torch = partial(run_fresh, "torch", request, setup.peers.torch_python)
-        candidates.append(Candidate("torch", torch, rounds=2))
+        candidates.append(Candidate("torch", torch, rounds=1))
     yield Case(
         name=f"{workers:,} teed workers",
         metrics=[START, STOP, MEMORY, _THREADS, _DESCRIPTORS, _CPU],

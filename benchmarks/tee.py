@@ -162,7 +162,7 @@ def _cases(setup: Setup) -> Iterator[Case]:
                     ],
                     limit=_LIMIT,
                     goals=[Goal(_RATE.name, ">=", 0.85, against=_LIMIT)],
-                    rounds=setup.rounds(4),
+                    rounds=setup.rounds(3),
                     check=check if to_pipe else None,
                 )
     yield from complete.cases(setup)

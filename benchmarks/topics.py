@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
-from benchmarks.measure import Case
+from benchmarks.measure import SUBJECT, Case
 from benchmarks.peers import Peers
+
+# Ours once more, to show what the disk's file system is in a figure.
+IN_MEMORY: Final = f"{SUBJECT}, log files on tmpfs"
+_MEMORY_FOLDER: Final = Path("/dev/shm")
 
 
 @dataclass
@@ -32,6 +39,14 @@ class Setup:
     only_rounds: int | None = None
     deadline_s: float = math.inf
     left_out: set[str] = field(default_factory=set)
+
+    def memory_folder(self, name: str) -> Iterator[str]:
+        """A folder of that name where files are in memory; nothing if there is no such place."""
+        if _MEMORY_FOLDER.is_dir() and os.access(_MEMORY_FOLDER, os.W_OK):
+            yield str(_MEMORY_FOLDER / self.scratch.name / name)
+
+    def remove_memory_folders(self) -> None:
+        shutil.rmtree(_MEMORY_FOLDER / self.scratch.name, ignore_errors=True)
 
     def rounds(self, usual: int, quick: int = 2) -> int:
         return self.only_rounds or (quick if self.quick else usual)

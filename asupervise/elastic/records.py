@@ -1,0 +1,231 @@
+"""What the nodes of a run write down for each other, as text: pure.
+
+Whatever is read is distrusted: it may come from another version of us, or from somebody else.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from typing import Any, Final, TypeVar, get_type_hints
+
+from asupervise.elastic.engine import EngineError
+
+__all__ = [
+    "Culprit",
+    "Member",
+    "Node",
+    "RecordError",
+    "Round",
+    "Terms",
+    "read_record",
+    "text_of",
+]
+
+FORMAT: Final = 1
+
+R = TypeVar("R", "Culprit", "Node", "Round", "Terms")
+
+
+class RecordError(EngineError):
+    """What is written there is none of ours; to ask again brings nothing else."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all nodes of a run must agree on before they begin.
+
+    Attributes:
+        min_nodes: fewest nodes to run with.
+        max_nodes: most.
+        max_restarts: how often the whole job is restarted after failures.
+    """
+
+    min_nodes: int
+    max_nodes: int
+    max_restarts: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node, as it presents itself.
+
+    Attributes:
+        id: its own, and another one after each loss of its lease.
+        host: its name, for people.
+        address: where the others reach it.
+        nproc: how many workers it starts.
+        role: of its workers.
+        node_rank: the place that it was given, or None.
+        port: free there for `MASTER_PORT`, and held.
+        ready: the round that it is prepared for: nothing of an earlier one runs there.
+        done: the last round that it has ended.
+        how: how that ended there: ``"succeeded"``, ``"failed"``, ``"stopped"``.
+        told: the engine's revision with the last of what it has told of failures.
+    """
+
+    id: str
+    host: str
+    address: str
+    nproc: int
+    role: str = "default"
+    node_rank: int | None = None
+    port: int = 0
+    ready: int = -1
+    done: int = -1
+    how: str = ""
+    told: int = 0
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node in a round; its place there is its `GROUP_RANK`."""
+
+    id: str
+    host: str
+    address: str
+    nproc: int
+    role: str = "default"
+    node_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """A node's first failure of its own in a round.
+
+    Attributes:
+        node: its id.
+        round: the round's number.
+        rank: global rank.
+        age_s: how long ago the failure was when this was written, on the node's own clock.
+        uptime_s: how long the worker had run.
+        exitcode: as in `ProcessFailure`.
+        port_taken: whether it is that rank 0's port was in use.
+        failure: all of it, for the report (`cause_over_nodes`).
+    """
+
+    node: str
+    round: int
+    rank: int
+    age_s: float = 0.0
+    uptime_s: float = 0.0
+    exitcode: int = 1
+    port_taken: bool = False
+    failure: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of the run; there is one at a time.
+
+    Attributes:
+        number: grows by one with each.
+        state: ``"open"``: nodes get ready; ``"running"``; ``"over"``: the run has ended.
+        members: by group rank; empty while it is open.
+        master_port: where rank 0's node holds a port.
+        restarts: how many failures the job has survived so far.
+        broken: how many of the last ones were broken starts, one after the other.
+        retries: how many of the last rounds ended because the port was taken.
+        delay_s: what each node waits before it gets ready.
+        why: why there is this round, or why the run is over, in a sentence.
+        succeeded: of a run that is over.
+        culprit: what it failed of, if it did.
+        order: ids of the former round's members, whose places are kept.
+    """
+
+    number: int
+    state: str
+    members: tuple[Member, ...] = ()
+    master_port: int = 0
+    restarts: int = 0
+    broken: int = 0
+    retries: int = 0
+    delay_s: float = 0.0
+    why: str = ""
+    succeeded: bool = False
+    culprit: Culprit | None = None
+    order: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        return sum(member.nproc for member in self.members)
+
+    def group_rank(self, node: str) -> int | None:
+        """The place of a node, by its id; None if it is no member."""
+        for rank, member in enumerate(self.members):
+            if member.id == node:
+                return rank
+        return None
+
+    def first_rank(self, group_rank: int) -> int:
+        """The global rank of a node's local rank 0: ranks are laid out node by node."""
+        return sum(member.nproc for member in self.members[:group_rank])
+
+
+def text_of(record: Terms | Node | Round | Culprit) -> str:
+    """The record as text."""
+    return json.dumps({"format": FORMAT, **asdict(record)}, separators=(",", ":"))
+
+
+def read_record(kind: type[R], text: str, key: str) -> R:
+    """The record that a key holds.
+
+    Raises:
+        RecordError: if that is none of ours, naming the key.
+    """
+    try:
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise ValueError("another format")
+        made: R = _made(kind, data)
+        return made
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as exc:
+        raise RecordError(
+            f"{key}: no {kind.__name__.lower()} that this version of asupervise knows: {exc}"
+        ) from None
+
+
+def _made(kind: Any, data: dict[str, Any]) -> Any:
+    hints = _hints(kind)
+    # What a later version has added is none of ours. Most are of their type: of a round of 1,000
+    # members each node reads 6,000 fields, and a call for each would take half as long again.
+    values = {
+        name: value if type(value) is hints[name] else _checked(hints[name], name, value)
+        for name, value in data.items()
+        if name in hints
+    }
+    return kind(**values)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of its fields. Evaluated once: it takes longer than all the rest."""
+    return get_type_hints(kind)
+
+
+# Made once: each costs as much as all else that is done for a field.
+_OPTIONAL_INT: Final[Any] = int | None
+_OPTIONAL_CULPRIT: Final[Any] = Culprit | None
+_MEMBERS: Final[Any] = tuple[Member, ...]
+_STRINGS: Final[Any] = tuple[str, ...]
+_DICT: Final[Any] = dict[str, Any]
+
+
+def _checked(hint: Any, name: str, value: Any) -> Any:
+    if type(value) is hint:
+        return value
+    if hint == _OPTIONAL_INT and value is None:
+        return None
+    if hint == _MEMBERS:
+        return tuple(_made(Member, item) for item in value)
+    if hint == _STRINGS:
+        return tuple(str(item) for item in value)
+    if hint == _OPTIONAL_CULPRIT:
+        return None if value is None else _made(Culprit, value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = dict if hint == _DICT else hint
+    if isinstance(value, bool) is not (hint is bool) or not isinstance(value, expected):
+        raise ValueError(f"{name}: {value!r}")
+    return value

@@ -6,7 +6,8 @@ PIP := $(PY) -m pip --disable-pip-version-check
 DEMO_ARGS := --nproc-per-node 4 --tee 3 examples/word_count.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch chaos bench lint format system-packages clean
+.PHONY: help demo test test-torch test-cluster chaos bench lint format \
+	system-packages cluster-packages clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,10 +16,13 @@ demo: $(VENV)/.installed  ## install into .venv, then run four ranks with teed l
 	$(PY) -m asupervise $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test system-packages lint  ## lint, types and all tests that need no torch
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-torch: $(VENV)/.installed-torch  ## install torch, then run the tests that need it
 	$(PY) -m pytest -m torch tests/torch
+
+test-cluster: $(VENV)/.installed-torch cluster-packages  ## nodes as network namespaces, three etcd members, Slurm, torch over nodes
+	$(PY) -m pytest -m cluster tests/cluster
 
 chaos: $(VENV)/.installed-test  ## random groups, faults and endings (SEED=n, ROUNDS=300; random and shown)
 	$(PY) tests/chaos/run.py $(if $(SEED),--seed $(SEED)) --rounds $(or $(ROUNDS),300)
@@ -36,11 +40,12 @@ format: $(VENV)/.installed-test  ## mend what ruff can mend
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-# Binding is applied by numactl, or by taskset (util-linux); the tests run both for real.
-system-packages:
-	@missing=; \
-	command -v numactl >/dev/null || missing="$$missing numactl"; \
-	command -v taskset >/dev/null || missing="$$missing util-linux"; \
+# $(call have,PROGRAM PACKAGE ...): Debian packages of programs that are missing, installed by root.
+define have
+	@set -- $(1); missing=; \
+	while [ $$# -gt 0 ]; do \
+	    command -v $$1 >/dev/null || missing="$$missing $$2"; shift 2; \
+	done; \
 	[ -n "$$missing" ] || exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "installing:$$missing"; \
@@ -49,6 +54,15 @@ system-packages:
 	    exit 0; \
 	fi; \
 	echo "note: could not install$$missing here; the tests that run it will be skipped" >&2
+endef
+
+# Binding is applied by numactl, or by taskset (util-linux); nodes agree through etcd. The tests
+# run them all for real.
+system-packages:
+	$(call have,numactl numactl taskset util-linux etcd etcd-server openssl openssl)
+
+cluster-packages: system-packages
+	$(call have,ip iproute2 slurmctld slurmctld slurmd slurmd srun slurm-client munged munge)
 
 # A stamp is as new as the last install; pyproject.toml says what is to be installed.
 $(VENV)/.installed: pyproject.toml | $(PY)

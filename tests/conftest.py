@@ -152,8 +152,11 @@ async def _loop_without_tasks() -> AsyncIterator[None]:
 
 def clean_environment() -> dict[str, str]:
     """Ours, without what a launcher reads or sets: a test run may itself be a worker."""
-    ours = ("PET_", "TORCH", "MASTER_", "LOCAL_", "GROUP_", "ROLE_")
-    exact = {"RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NO_COLOR"}
+    ours = ("PET_", "TORCH", "MASTER_", "LOCAL_", "GROUP_", "ROLE_", "SLURM_", "OMPI_", "PMIX_")
+    exact = {
+        *("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "NO_COLOR"),
+        *("NODE_RANK", "NNODES", "JOB_COMPLETION_INDEX"),
+    }
     return {
         name: value
         for name, value in os.environ.items()

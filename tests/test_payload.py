@@ -88,7 +88,7 @@ async def value_of(function: Any, *args: Any, method: str = "spawn") -> Any:
         (os.path.basename, ("/a/b",), "b"),
         (workers.echo, (os.path, int), None),
     ],
-    ids=lambda value: name_of(value) if callable(value) else "",
+    ids=lambda value: name_of(value).partition(" object at")[0] if callable(value) else "",
 )
 async def test_callables_of_all_kinds(function: Any, args: Any, expected: Any) -> None:
     if args and isinstance(args[0], types.ModuleType):

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from asupervise.binding import AffinityMode as AffinityMode
     from asupervise.binding import MemoryPolicy as MemoryPolicy
     from asupervise.binding import NumaOptions as NumaOptions
+    from asupervise.elastic.config import LaunchConfig as LaunchConfig
+    from asupervise.elastic.launching import RunError as RunError
+    from asupervise.elastic.launching import launch as launch
+    from asupervise.elastic.services import Services as Services
+    from asupervise.elastic.services import run_services as run_services
     from asupervise.environ import rank_environments as rank_environments
     from asupervise.error_handler import ErrorHandler as ErrorHandler
     from asupervise.error_handler import get_error_handler as get_error_handler
@@ -72,6 +77,7 @@ _HOMES = {
     "DefaultLogsSpecs": "logs",
     "ErrorHandler": "error_handler",
     "GroupPlan": "plan",
+    "LaunchConfig": "elastic.config",
     "LogsDest": "logs",
     "LogsSpecs": "logs",
     "MemoryPolicy": "binding",
@@ -81,7 +87,9 @@ _HOMES = {
     "PContext": "procs",
     "ProcessFailure": "failures",
     "RankMapError": "errors",
+    "RunError": "elastic.launching",
     "RunProcsResult": "result",
+    "Services": "elastic.services",
     "SignalException": "errors",
     "Std": "logs",
     "SubprocessHandler": "handler",
@@ -94,11 +102,13 @@ _HOMES = {
     "get_error_handler": "error_handler",
     "handle_signals": "signals",
     "heartbeat": "worker",
+    "launch": "elastic.launching",
     "plan_processes": "procs",
     "rank_environments": "environ",
     "read_topology": "topology",
     "record": "error_handler",
     "root_cause": "failures",
+    "run_services": "elastic.services",
     "start_processes": "procs",
     "to_map": "logs",
 }

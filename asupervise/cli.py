@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from signal import SIG_IGN, Signals, getsignal
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -18,8 +18,11 @@ from asupervise.errors import SupervisorError
 from asupervise.options import LaunchOptions, UsageError, help_text, parse_options
 
 if TYPE_CHECKING:
+    from asupervise.elastic.agent import Outcome
+    from asupervise.elastic.records import Round
+    from asupervise.failures import ProcessFailure
     from asupervise.job import Job
-    from asupervise.result import RunProcsResult
+    from asupervise.signals import Signalled
 
 __all__ = ["main"]
 
@@ -72,9 +75,11 @@ def _run(options: LaunchOptions, on_started: Callable[[], None]) -> int:
         job = prepare(options, os.environ)
         if options.dry_run:
             from asupervise.dryrun import describe
+            from asupervise.elastic.meeting import preview
             from asupervise.procs import plan_processes
 
-            _print(describe(job, plan_processes(**job.arguments)))
+            arguments = job.blueprint.start_arguments(preview(job.request), os.environ)
+            _print(describe(job, plan_processes(**arguments)))
             return 0
     except (SupervisorError, ValueError, OSError) as error:
         return _refuse(error)
@@ -98,25 +103,57 @@ def _handled(options: LaunchOptions) -> tuple[Signals, ...]:
 
 
 async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], None]) -> int:
-    from asupervise.procs import start_processes
+    import asyncio
+
+    from asupervise.elastic.agent import Hooks
+    from asupervise.elastic.running import run, serve
     from asupervise.signals import handle_signals
+
+    stop = asyncio.Event()
+
+    def announce(sig: Signals, again: bool) -> None:
+        stop.set()
+        _announce(sig, again)
 
     # Before anything is started: a signal that arrives while the workers start is not lost.
     with handle_signals(
         signals=_handled(options),
         forward=options.forward_signals,
         shutdown_timeout=options.shutdown_timeout,
-        on_signal=_announce,
+        on_signal=announce,
     ) as handling:
+
+        def on_group(ctx: Signalled | None) -> None:
+            handling.attend(ctx)
+            if ctx is not None:
+                on_started()
+
         try:
-            ctx = await start_processes(**job.arguments)
+            hooks = Hooks(on_group, _tell_round, stop)
+            if options.restart == "worker":
+                outcome = await serve(
+                    job.blueprint, job.request, hooks,
+                    within_s=options.restart_within, on_restart=_tell_restart,
+                )  # fmt: skip
+            else:
+                outcome = await run(job.blueprint, job.backend, job.request, hooks)
         except (SupervisorError, ValueError, OSError) as error:
             return _refuse(error)
-        async with ctx:
-            handling.attend(ctx)
-            on_started()
-            result = await ctx.wait()
-    return _concluded(job, result, handling.received)
+    return _concluded(job, outcome, handling.received)
+
+
+def _tell_round(round: Round) -> None:
+    if round.number and round.state == "running":
+        culprit = round.culprit
+        how = f", exit code {culprit.exitcode}" if culprit is not None else ""
+        _say(f"asupervise: {round.why}{how}")
+
+
+def _tell_restart(
+    local_rank: int, count: int, failure: ProcessFailure | None, delay_s: float
+) -> None:
+    how = "has ended" if failure is None else f"failed, exit code {failure.exitcode}"
+    _say(f"asupervise: rank {local_rank} {how}: start {count + 1} in {delay_s:.1f} s")
 
 
 def _announce(sig: Signals, again: bool) -> None:
@@ -126,31 +163,49 @@ def _announce(sig: Signals, again: bool) -> None:
         _say(f"asupervise: {sig.name}: ending the workers (again: kill them)")
 
 
-def _concluded(job: Job, result: RunProcsResult, received: Signals | None) -> int:
+def _concluded(job: Job, outcome: Outcome, received: Signals | None) -> int:
     """Say how the job ended; returns the exit status."""
-    for warning in result.warnings:
+    for warning in outcome.result.warnings if outcome.result is not None else ():
         _say(f"warning: {warning}")
-    if result.root_cause is not None:
-        _report(job, result)
-    if received is not None:
-        return 128 + received
-    if not result.is_failed():
-        return 0
-    from asupervise.failures import exit_status
-
-    cause = result.root_cause
-    # Ended by us, though by no signal that we got: something is wrong with us.
-    return _INTERNAL_ERROR if cause is None else exit_status(cause[1].exitcode)
+    succeeded = outcome.round is not None and outcome.round.succeeded
+    if outcome.round is not None and outcome.result is None and (succeeded or outcome.culprit):
+        _say(f"asupervise: the run was over before this node came: {outcome.round.why}")
+    if succeeded:
+        return 0 if received is None else 128 + received
+    status = _failed(job, outcome)
+    return status if received is None else 128 + received
 
 
-def _report(job: Job, result: RunProcsResult) -> None:
+def _failed(job: Job, outcome: Outcome) -> int:
+    """Say what failed; returns the exit status."""
+    from asupervise.elastic.launching import failures_of
+    from asupervise.failures import exit_status, root_cause
+
+    failures, culprit = failures_of(outcome), outcome.culprit
+    cause = root_cause(failures)
+    if cause is not None or culprit is not None:
+        _report(job, failures, culprit.rank if culprit is not None else None, outcome)
+    if culprit is not None:
+        return exit_status(culprit.exitcode)
+    if outcome.round is not None and outcome.round.state == "over" and not failures:
+        _say(f"error: {outcome.round.why}")
+    # Ended by us, though by no signal that we got: something is wrong with us. And a service that
+    # has ended too often has failed, though each end was a success.
+    return (exit_status(cause[1].exitcode) if cause else 0) or _INTERNAL_ERROR
+
+
+def _report(
+    job: Job, failures: Mapping[int, ProcessFailure], culprit: int | None, outcome: Outcome
+) -> None:
     from asupervise.error_handler import ERROR_FILE_VARIABLE, get_error_handler
     from asupervise.result import ChildFailedError
 
-    error = ChildFailedError(job.title, result.failures)
+    error = ChildFailedError(job.title, failures, culprit=culprit)
     _say(str(error))
-    if result.log_dir is not None:
-        _say(f"logs: {result.log_dir}")
+    if outcome.round is not None and (outcome.round.broken > 1 or outcome.round.retries):
+        _say(outcome.round.why)
+    if outcome.result is not None and outcome.result.log_dir is not None:
+        _say(f"logs: {outcome.result.log_dir}")
     if os.environ.get(ERROR_FILE_VARIABLE):
         # We are a worker of another launcher: it is to see the exception, not just our status.
         _, failure = error.get_first_failure()

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from asupervise import cgroups, collect, files, procfs
 from asupervise._compat import Exit
 from asupervise.cleanup import Cleanup, Survivor
 from asupervise.diagnosis import Diagnosis
+from asupervise.errors import NotPermittedError
 from asupervise.guardian import Guardian, guarded
 from asupervise.handler import SubprocessHandler
 from asupervise.plan import GroupPlan
@@ -46,6 +47,7 @@ class PContext:
         stderrs: likewise for standard error.
         error_files: by local rank, where ``@record`` writes its exception.
         log_dir: the run's folder, or None if it has none.
+        survivors: processes that could not be ended, a sentence each; known at the end.
     """
 
     def __init__(self, plan: GroupPlan, options: RunOptions, work: Work | None = None) -> None:
@@ -56,6 +58,7 @@ class PContext:
         self.stderrs = dict(plan.logs.stderrs)
         self.error_files = dict(plan.logs.error_files)
         self.log_dir: str | None = plan.logs.run_dir or None
+        self.survivors: tuple[str, ...] = ()
         self._options = options
         self._work: Work = work or ProgramWork()
         self._handlers: dict[int, SubprocessHandler] = {}
@@ -76,8 +79,11 @@ class PContext:
         self._end_signal = int(signal.SIGTERM)
         self._end_grace_s = options.shutdown_timeout_s
         self._unwanted = False
+        # Asked before each worker's start; see `StartingProcesses.permit`.
+        self.permit: Callable[[], bool] = lambda: True
         self._streams: LogStreams | None = None
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._failing: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._life: asyncio.Task[RunProcsResult] | None = None
 
     # --- what callers do --------------------------------------------------------------------
@@ -108,6 +114,17 @@ class PContext:
         life = self._task
         await asyncio.wait({life}, timeout=timeout)
         return life.result() if life.done() else None
+
+    async def wait_failing(self) -> int | None:
+        """Wait until a worker has failed of its own, while the others are only being ended.
+
+        Returns:
+            Its local rank; None if the group has ended otherwise. The failure that was observed
+            first, which need not be the root cause: the result says that.
+        """
+        either: set[asyncio.Future[Any]] = {self._failing, self._task}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        return self._failing.result() if self._failing.done() else None
 
     async def close(
         self, death_sig: int | None = None, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S
@@ -147,8 +164,9 @@ class PContext:
         """
         sig = checked_signal(sig)
         chosen = list(self._handlers if ranks is None else ranks)
-        if unknown := sorted(set(chosen) - set(range(self.nprocs))):
-            raise ValueError(f"ranks: no local ranks {unknown}: expected 0..{self.nprocs - 1}")
+        known = [worker.local_rank for worker in self.plan.workers]
+        if unknown := sorted(set(chosen) - set(known)):
+            raise ValueError(f"ranks: no local ranks {unknown}: expected {known[0]}..{known[-1]}")
         for rank in chosen:
             handler = self._handlers.get(rank)
             if handler is not None and handler.running:
@@ -169,6 +187,15 @@ class PContext:
     async def __aexit__(self, *exc_info: object) -> None:
         self._request_end(signal.SIGTERM, self._options.shutdown_timeout_s)
         await finished_in_any_case(self._task)
+
+    def spare(self, pid: int) -> None:
+        """A child of ours is none of the group's, and nobody that a subreaper was left."""
+        self._cleanup.helpers.add(pid)
+
+    @property
+    def cgroup(self) -> str:
+        """The folder of the group's own cgroup, or ""."""
+        return self._cleanup.cgroup.folder if self._cleanup.cgroup is not None else ""
 
     def __repr__(self) -> str:
         state = "ended" if self._task.done() else f"{self.nprocs - self._exited} running"
@@ -220,6 +247,8 @@ class PContext:
         self._diagnosis.on_exit(handler, exit)
         if self._exited >= len(self._handlers):
             self._cleanup.woken_by_exit()
+        if exit.code != 0 and not self._ending.is_set():
+            self._failing.set_result(handler.local_rank)
         if self._exited == self.nprocs or exit.code != 0:
             self._ending.set()
 
@@ -303,7 +332,8 @@ class PContext:
                 # For every way to get here: the end that was asked for, a worker that did not
                 # start, this task being cancelled because the loop is shutting down.
                 survivors = await run_in_any_case(self._end)
-        return [str(survivor) for survivor in survivors]
+        self.survivors = tuple(map(str, survivors))
+        return list(self.survivors)
 
     def _settle_soon(self, guardian: Guardian | None) -> asyncio.TimerHandle:
         # Not at once: a group that is over sooner need not pay for it, and until then the
@@ -330,6 +360,9 @@ class PContext:
         for worker in self.plan.workers:
             if self._unwanted:
                 return
+            if not self.permit():
+                self._end_signal, self._end_grace_s = signal.SIGKILL, 0.0
+                raise NotPermittedError(f"group {self.name!r} may not be started any more")
             handler = self._handlers[worker.local_rank] = await SubprocessHandler.start(
                 worker,
                 parent_env,

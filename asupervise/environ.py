@@ -23,6 +23,8 @@ def rank_environments(
     first_rank: int | None = None,
     world_size: int | None = None,
     role: str = "default",
+    role_first_rank: int | None = None,
+    role_world_size: int | None = None,
     master_addr: str = "127.0.0.1",
     master_port: int = 29500,
     run_id: str = "none",
@@ -45,6 +47,9 @@ def rank_environments(
         first_rank: global rank of local rank 0; by default every node runs equally many workers.
         world_size: how many workers all nodes run; by default the same.
         role: name of the workers' role.
+        role_first_rank: rank of local rank 0 among the workers of its role; by default all have
+            the same.
+        role_world_size: how many workers of the role all nodes run; by default likewise.
         master_addr: where rank 0 listens; brackets around an IPv6 address are taken off.
         master_port: the port that rank 0 listens on.
         run_id: identifies the job.
@@ -65,6 +70,7 @@ def rank_environments(
     """
     first = group_rank * local_world_size if first_rank is None else first_rank
     size = group_world_size * local_world_size if world_size is None else world_size
+    role_first = first if role_first_rank is None else role_first_rank
     _check_sizes(local_world_size, group_rank, group_world_size, first, size)
     shared = {
         "GROUP_RANK": str(group_rank),
@@ -72,7 +78,7 @@ def rank_environments(
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(local_world_size),
         "GROUP_WORLD_SIZE": str(group_world_size),
-        "ROLE_WORLD_SIZE": str(size),
+        "ROLE_WORLD_SIZE": str(size if role_world_size is None else role_world_size),
         "MASTER_ADDR": _without_brackets(master_addr),
         "MASTER_PORT": str(master_port),
         "TORCHELASTIC_RUN_ID": run_id,
@@ -86,7 +92,7 @@ def rank_environments(
         local_rank: {
             "RANK": str(first + local_rank),
             "LOCAL_RANK": "0" if virtual_local_rank else str(local_rank),
-            "ROLE_RANK": str(first + local_rank),
+            "ROLE_RANK": str(role_first + local_rank),
             **shared,
             **_omp_threads(omp_num_threads, local_rank, parent_env),
             **(gpu_visibility or {}).get(local_rank, {}),

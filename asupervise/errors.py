@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = [
     "BindingError",
+    "NotPermittedError",
     "NotPicklableError",
     "NotSupportedError",
     "RankMapError",
@@ -72,6 +73,10 @@ class RankMapError(SupervisorError, RuntimeError):
 
 class BindingError(SupervisorError, RuntimeError):
     """A worker cannot be bound to CPUs or memory as asked."""
+
+
+class NotPermittedError(SupervisorError):
+    """Workers were not started, because the node has lost its place in the run meanwhile."""
 
 
 class NotPicklableError(SupervisorError, TypeError):

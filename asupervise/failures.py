@@ -64,6 +64,7 @@ class ProcessFailure:
         stack: where it was before it was ended, in a line; "" if nobody looked.
         exception: what a function worker raised, as an object, where it could be pickled; its
             ``__cause__`` shows the worker's own traceback.
+        host: the node that it ran on; "" for this one.
 
     Example:
         >>> failure = ProcessFailure(3, 4711, -9, "<N/A>", record=None)
@@ -88,6 +89,7 @@ class ProcessFailure:
     exception: BaseException | None = field(
         default=None, kw_only=True, repr=False, compare=False, hash=False
     )
+    host: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.record is _UNREAD:

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-__all__ = ["FLAGS", "NPROC_WORDS", "Flag"]
+__all__ = ["FLAGS", "NPROC_WORDS", "Flag", "split_endpoint"]
 
 # --- the text of a value -> the value --------------------------------------------------------
 
@@ -111,7 +111,12 @@ def _host(text: str) -> str:
     return host
 
 
-def _endpoint(text: str) -> tuple[str, int | None]:
+def split_endpoint(text: str) -> tuple[str, int | None]:
+    """Host and port of ``HOST:PORT``; None for a port that is not there.
+
+    Raises:
+        ValueError: for what is no endpoint.
+    """
     whole = text.strip()
     host, colon, port = ("", "", "") if whole.endswith("]") else whole.rpartition(":")
     try:
@@ -120,17 +125,17 @@ def _endpoint(text: str) -> tuple[str, int | None]:
         raise ValueError("expected HOST:PORT, with brackets around an IPv6 address") from None
 
 
+def _endpoints(text: str) -> str:
+    for part in text.split(","):
+        split_endpoint(part.strip().removeprefix("http://").removeprefix("https://").rstrip("/"))
+    return text.strip()
+
+
 def _pairs(text: str) -> tuple[tuple[str, str], ...]:
     pairs = [part.partition("=") for part in text.split(",") if text.strip()]
     if not all(key.strip() and value.strip() for key, _, value in pairs):
         raise ValueError("expected KEY=VALUE pairs with commas between them")
     return tuple((key.strip(), value.strip()) for key, _, value in pairs)
-
-
-def _backend(text: str) -> str:
-    if text not in ("static", "c10d"):
-        raise ValueError("expected static or c10d; no other backend is supported yet")
-    return text
 
 
 def _node_count(text: str) -> tuple[int, int]:
@@ -142,23 +147,11 @@ def _node_count(text: str) -> tuple[int, int]:
         fewest = most = 0
     if not 1 <= fewest <= most:
         raise ValueError("expected a number of at least 1, or MIN:MAX with MIN not above MAX")
-    if most > 1:
-        raise ValueError("more than one node is not supported yet; expected 1")
     return fewest, most
 
 
-def _node_rank(text: str) -> int:
-    value = _integer(text, "a number of at least 0", 0)
-    if value:
-        raise ValueError("more than one node is not supported yet; expected 0")
-    return value
-
-
-def _restarts(text: str) -> int:
-    value = _integer(text, "a number of at least 0", 0)
-    if value:
-        raise ValueError("restarts are not supported yet; expected 0")
-    return value
+def _count(text: str) -> int:
+    return _integer(text, "a number of at least 0", 0)
 
 
 def _event_log_handler(text: str) -> str:
@@ -372,19 +365,76 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("--master-port", "MASTER_PORT of the workers (default: a free one).", _port, "PORT"),
         Flag(
             "--rdzv-backend",
-            "static: the endpoint is MASTER_ADDR and MASTER_PORT; c10d: as --standalone "
-            "(default: static).",
-            _backend,
+            "How nodes find each other. static: --node-rank and the address of node 0; env: what "
+            "Slurm, Open MPI, Kubernetes or plain variables say; etcd; c10d: torch's TCPStore, on "
+            "one node as --standalone; or that of an entry point (default: env under a scheduler "
+            "where --nnodes is not given, or else static).",
+            str,
             "NAME",
         ),
-        Flag("--rdzv-endpoint", "See --rdzv-backend.", _endpoint, "HOST:PORT"),
+        Flag(
+            "--rdzv-endpoint",
+            "Where the backend is: etcd's members with commas between them, the host of c10d's "
+            "store, or for static MASTER_ADDR and MASTER_PORT.",
+            _endpoints,
+            "HOST:PORT",
+        ),
         Flag("--rdzv-id", "The job's name (default: a random one).", _run_id, "ID"),
-        Flag("--rdzv-conf", "Accepted; one node has no use for it.", _pairs, "KEY=VALUE,..."),
+        Flag(
+            "--rdzv-conf",
+            "Settings of the backend: join_timeout, last_call_timeout; of etcd also lease_ttl, "
+            "timeout, protocol, cacert, cert, key, user, password_file, prefix.",
+            _pairs,
+            "KEY=VALUE,...",
+        ),
     ),
     "Nodes and restarts": (
-        Flag("--nnodes", "Only 1 so far.", _node_count, "N|MIN:MAX"),
-        Flag("--node-rank", "Only 0 so far.", _node_rank, "RANK"),
-        Flag("--max-restarts", "Only 0 so far.", _restarts, "N"),
+        Flag(
+            "--nnodes",
+            "How many nodes; MIN:MAX where nodes may come and go (default: 1).",
+            _node_count,
+            "N|MIN:MAX",
+        ),
+        Flag("--node-rank", "This node's place, from 0 (static: needed).", _count, "RANK"),
+        Flag(
+            "--max-restarts",
+            "How often the whole job is started anew after a failure, counted over all nodes "
+            "(default: 0).",
+            _count,
+            "N",
+        ),
+        Flag(
+            "--restart",
+            "What is started anew: group, all workers; worker, the one that has ended, for "
+            "services that are no ranked job: at most --max-restarts within --restart-within "
+            "(default: group).",
+            _choice("group", "worker"),
+            "WHAT",
+            ours=True,
+        ),
+        Flag(
+            "--restart-within",
+            "See --restart (default: 60).",
+            _seconds_above_zero,
+            "SECONDS",
+            ours=True,
+        ),
+        Flag(
+            "--min-uptime",
+            "A worker that fails sooner is a broken start; three in a row end the job (default: "
+            "1).",
+            _seconds,
+            "SECONDS",
+            ours=True,
+        ),
+        Flag(
+            "--restart-backoff",
+            "The wait before the first restart, doubled with each one in a row up to 30 s "
+            "(default: 1).",
+            _seconds,
+            "SECONDS",
+            ours=True,
+        ),
     ),
     "Kept for those who come from torch": (
         Flag(

@@ -13,7 +13,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from asupervise import cpus
-from asupervise.environ import fair_share, log_line_prefix, rank_environments, substitute_macros
+from asupervise.elastic.blueprint import Blueprint
+from asupervise.elastic.meeting import meeting_of, preview
+from asupervise.elastic.rendezvous import Request
+from asupervise.environ import fair_share, substitute_macros
 from asupervise.options import LaunchOptions, UsageError, check_stdin
 
 if TYPE_CHECKING:
@@ -30,16 +33,20 @@ T = TypeVar("T")
 
 
 class Job(NamedTuple):
-    """All that is needed to start what the command line asks for.
+    """All that is needed to run what the command line asks for.
 
     Attributes:
         title: what is run, for the report.
-        arguments: those of `start_processes`.
+        blueprint: what this node starts, in any round.
+        backend: how the nodes come together.
+        request: what the backend is given.
         choices: what was chosen and why, each under its name, for ``--dry-run``.
     """
 
     title: str
-    arguments: dict[str, Any]
+    blueprint: Blueprint
+    backend: str
+    request: Request
     choices: dict[str, str]
 
 
@@ -56,19 +63,14 @@ def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
     """
     workers, why_workers = _worker_count(options.nproc_per_node, environ)
     check_stdin(options, workers)
-    meeting = _meeting(options)
-    program, args = _commands(options, workers, environ)
+    meeting = meeting_of(options, environ, workers)
+    program, template = _command(options, workers, environ)
     arguments: dict[str, Any] = {
-        "name": options.role,
-        "entrypoint": program,
-        "args": args,
         "logs_specs": _logs_specs(options),
-        "log_line_prefixes": _prefixes(options, workers),
         "start_method": options.start_method,
         "numa_options": _numa_options(options),
         "duplicate_stdout_filters": options.duplicate_stdout_filters,
         "duplicate_stderr_filters": options.duplicate_stderr_filters,
-        "stdin": options.stdin,
         "shutdown_timeout": options.shutdown_timeout,
         "guardian": options.guardian,
         # This process is ours alone: orphans may become its children.
@@ -76,25 +78,28 @@ def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
         "hang_timeout": options.hang_timeout,
         "memory_sample_interval": options.memory_sample_interval,
     }
-    threads, why_threads = _threads(arguments, workers, environ)
-    arguments["envs"] = rank_environments(
-        workers,
-        parent_env=environ,
+    blueprint = Blueprint(
+        nproc=workers,
+        run_id=meeting.request.run_id,
         role=options.role,
-        master_addr=meeting.address,
-        master_port=meeting.port,
-        run_id=meeting.run_id,
-        omp_num_threads=threads,
+        entrypoint=program,
+        args=template,
+        arguments=arguments,
+        max_restarts=options.max_restarts,
+        master_addr=meeting.request.master_addr,
+        stdin=options.stdin,
+        prefix_template=options.log_line_prefix_template,
         gpu_visibility=_gpu_visibility(options, workers, environ),
         virtual_local_rank=options.virtual_local_rank,
     )
+    threads, why_threads = _threads(blueprint, meeting.request, environ)
     choices = {
         "workers": f"{workers} ({why_workers})",
-        "run id": meeting.run_id,
-        "master": f"{meeting.address} port {meeting.port} ({meeting.why})",
+        **meeting.choices,
         "threads": why_threads,
     }
-    return Job(options.script, arguments, choices)
+    blueprint = blueprint._replace(omp_num_threads=threads)
+    return Job(options.script, blueprint, meeting.backend, meeting.request, choices)
 
 
 def _of_flag(name: str, read: Callable[[str], T], text: str) -> T:
@@ -139,59 +144,6 @@ def _cpu_time() -> tuple[int, str]:
     return allowed, f"{allowed} CPUs may be used"
 
 
-# --- where they meet -------------------------------------------------------------------------
-
-
-class _Meeting(NamedTuple):
-    run_id: str
-    address: str
-    port: int
-    why: str
-
-
-def _meeting(options: LaunchOptions) -> _Meeting:
-    """Where the ranks meet, as torchrun has it on one node."""
-    run_id = options.rdzv_id
-    own = options.local_addr or "127.0.0.1"
-    if options.standalone:
-        return _Meeting(_random_id(), own, _free_port(), "--standalone: a free port")
-    if options.rdzv_backend != "static":
-        return _Meeting(run_id, own, _free_port(), f"{options.rdzv_backend}: a free port")
-    address, port, why = options.master_addr or own, options.master_port, "as given"
-    if options.rdzv_endpoint is not None:
-        address, port = options.rdzv_endpoint
-    elif port is None:
-        # torchrun ignores a --rdzv-id here; the user's log folder keeps the user's name.
-        run_id = _random_id() if run_id == "none" else run_id
-    if not port:
-        port, why = _free_port(), "a free port"
-    return _Meeting(run_id, address, port, why)
-
-
-def _random_id() -> str:
-    """A random UUID, as `uuid.uuid4()` makes them: importing that would cost a start 3 ms."""
-    digits = list(os.urandom(16).hex())
-    digits[12] = "4"
-    digits[16] = "89ab"[int(digits[16], 16) % 4]
-    text = "".join(digits)
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-
-
-def _free_port() -> int:
-    """A TCP port that is free on every interface: rank 0's store listens on all of them.
-
-    Between our closing it and rank 0's listening another process may take it: closing this gap
-    needs rank 0 to inherit the socket, or a new attempt with another port.
-    """
-    import socket
-
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    with socket.create_server(("", 0), family=family, dualstack_ipv6=dual) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 # --- what they run ---------------------------------------------------------------------------
 
 _RUN_PATH: Final = (
@@ -200,26 +152,20 @@ _RUN_PATH: Final = (
 )
 
 
-def _commands(
+def _command(
     options: LaunchOptions, workers: int, environ: Mapping[str, str]
-) -> tuple[str, dict[int, tuple[object, ...]]]:
-    """The program, and its arguments by local rank."""
+) -> tuple[str, tuple[object, ...]]:
+    """The program, and its arguments with their macros."""
     program, leading = _program(options, environ)
     legacy = () if options.use_env else ("--local-rank=${local_rank}",)
     template = (*leading, *legacy, *options.script_args)
-    args = {
-        rank: tuple(
-            substitute_macros(
-                template, rank, rank=rank, world_size=workers, local_world_size=workers
-            )
-        )
-        for rank in range(workers)
-    }
     if options.run_path or not (options.module or options.no_python):
         # torch's launcher leaves this to Python, whose every rank then says it in its own way.
-        script = leading.index(options.script)
-        _check_scripts({rank: str(given[script]) for rank, given in args.items()}, environ)
-    return program, args
+        scripts = {
+            rank: str(substitute_macros([options.script], rank)[0]) for rank in range(workers)
+        }
+        _check_scripts(scripts, environ)
+    return program, template
 
 
 def _program(options: LaunchOptions, environ: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
@@ -260,16 +206,6 @@ def _logs_specs(options: LaunchOptions) -> LogsSpecs:
     )
 
 
-def _prefixes(options: LaunchOptions, workers: int) -> dict[int, str] | None:
-    template = options.log_line_prefix_template
-    if template is None:
-        return None
-    return {
-        rank: log_line_prefix(template, role_name=options.role, rank=rank, local_rank=rank)
-        for rank in range(workers)
-    }
-
-
 def _numa_options(options: LaunchOptions) -> NumaOptions | None:
     if options.numa_binding is None:
         return None
@@ -301,31 +237,35 @@ def _gpu_visibility(
 
 
 def _threads(
-    arguments: Mapping[str, Any], workers: int, environ: Mapping[str, str]
+    blueprint: Blueprint, request: Request, environ: Mapping[str, str]
 ) -> tuple[Threads, str]:
     """Each worker's fair share of the cores that it may run on, and why it is that."""
     if "OMP_NUM_THREADS" in environ:
         return None, f"OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} (set by you)"
+    workers = blueprint.nproc
     quota = cpus.cpu_quota()
     most = math.inf if quota is None else max(1, math.floor(quota / workers))
-    if arguments["numa_options"] is None:
+    if blueprint.arguments["numa_options"] is None:
         cores = cpus.count_cores(cpus.allowed_cpus())
         share = min(fair_share(cores, workers), most)
         limit = "" if quota is None else f", the cgroup grants {quota:g} CPUs"
         return int(share), f"OMP_NUM_THREADS={share} ({cores} cores for {workers}{limit})"
     shares = {
-        rank: int(min(share, most)) for rank, share in _bound_shares(arguments, workers).items()
+        rank: int(min(share, most))
+        for rank, share in _bound_shares(blueprint, request, environ).items()
     }
     return shares, "OMP_NUM_THREADS: the share of the cores that each is bound to"
 
 
-def _bound_shares(arguments: Mapping[str, Any], workers: int) -> dict[int, int]:
+def _bound_shares(
+    blueprint: Blueprint, request: Request, environ: Mapping[str, str]
+) -> dict[int, int]:
     """By local rank: ranks that are bound to the same CPUs share those."""
     from asupervise.procs import plan_processes
 
+    asked = blueprint.start_arguments(preview(request), environ)
     # Logs specs that were written for torch make their folders when they are asked for names.
-    asked = {**arguments, "logs_specs": None, "envs": {rank: {} for rank in range(workers)}}
-    plan = plan_processes(**asked)
+    plan = plan_processes(**{**asked, "logs_specs": None})
     allowed = cpus.allowed_cpus()
     bound = [
         frozenset(worker.binding.cpus) if worker.binding else allowed for worker in plan.workers

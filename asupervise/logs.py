@@ -19,6 +19,8 @@ from asupervise.errors import NotSupportedError
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
+# The number of an attempt's folder, where it is not that of the restarts.
+ATTEMPT_VARIABLE = "ASUPERVISE_ATTEMPT"
 _ENTRY_POINT_GROUPS = ("asupervise.logs_specs", "torchrun.logs_specs")
 
 
@@ -151,7 +153,8 @@ class LogsSpecs(ABC):
 
         Args:
             envs: each worker's environment by local rank; ``TORCHELASTIC_RUN_ID`` and
-                ``TORCHELASTIC_RESTART_COUNT`` say which run and attempt it is.
+                ``TORCHELASTIC_RESTART_COUNT`` say which run and attempt it is, or
+                ``ASUPERVISE_ATTEMPT``, where there were attempts that no failure has caused.
         """
 
     @property
@@ -199,13 +202,10 @@ class DefaultLogsSpecs(LogsSpecs):
         if self._root_log_dir == os.devnull:
             return self._nowhere(ranks)
         first = envs.get(0, {})
-        attempt_dir = os.path.join(
-            self._run_folder(
-                first.get("TORCHELASTIC_RUN_ID", "none"),
-                attempt := first.get("TORCHELASTIC_RESTART_COUNT", "0"),
-            ),
-            f"attempt_{attempt}",
-        )
+        restarts = first.get("TORCHELASTIC_RESTART_COUNT", "0")
+        attempt = first.get(ATTEMPT_VARIABLE, restarts)
+        run_dir = self._run_folder(first.get("TORCHELASTIC_RUN_ID", "none"), attempt)
+        attempt_dir = os.path.join(run_dir, f"attempt_{attempt}")
         return self._layout(ranks, attempt_dir)
 
     def _run_folder(self, run_id: str, attempt: str) -> str:

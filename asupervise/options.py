@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from asupervise.errors import SupervisorError
-from asupervise.flags import FLAGS, Flag
+from asupervise.flags import FLAGS, Flag, split_endpoint
 
 __all__ = ["LaunchOptions", "UsageError", "help_text", "parse_options"]
 
@@ -60,14 +60,18 @@ class LaunchOptions(NamedTuple):
     master_addr: str | None = None
     master_port: int | None = None
     local_addr: str | None = None
-    rdzv_backend: str = "static"
-    rdzv_endpoint: tuple[str, int | None] | None = None
+    rdzv_backend: str | None = None
+    rdzv_endpoint: str | None = None
     rdzv_id: str = "none"
     rdzv_conf: tuple[tuple[str, str], ...] = ()
 
-    nnodes: tuple[int, int] = (1, 1)
-    node_rank: int = 0
+    nnodes: tuple[int, int] | None = None
+    node_rank: int | None = None
     max_restarts: int = 0
+    restart: str = "group"
+    restart_within: float = 60.0
+    min_uptime: float = 1.0
+    restart_backoff: float = 1.0
 
     use_env: bool = True
     start_method: str = "spawn"
@@ -89,7 +93,9 @@ _LETTERS = re.compile(
     re.DOTALL,
 )
 _ABOUT_US = frozenset({"help", "version"})
-_OVERRIDDEN_BY_STANDALONE = frozenset({"rdzv_backend", "rdzv_endpoint", "rdzv_id"})
+_OVERRIDDEN_BY_STANDALONE = frozenset(
+    {"rdzv_backend", "rdzv_endpoint", "rdzv_id", "nnodes", "node_rank"}
+)
 
 
 def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> LaunchOptions:
@@ -270,10 +276,17 @@ def _check_signals(options: LaunchOptions) -> None:
 
 
 def _check_endpoint(options: LaunchOptions) -> None:
-    if options.standalone or options.rdzv_backend != "static":
+    if options.standalone or options.rdzv_backend not in (None, "static"):
         return
-    if options.rdzv_endpoint is not None and options.rdzv_endpoint[1] is None:
-        host = options.rdzv_endpoint[0]
+    if options.rdzv_endpoint is None:
+        return
+    if "," in options.rdzv_endpoint:
+        raise UsageError(
+            f"--rdzv-endpoint {options.rdzv_endpoint!r}: the static backend has one",
+            hint="--rdzv-backend etcd",
+        )
+    host, port = split_endpoint(options.rdzv_endpoint)
+    if port is None:
         raise UsageError(
             f"--rdzv-endpoint {host!r}: the static backend needs a port",
             hint=f"--rdzv-endpoint {host}:29500",

@@ -160,7 +160,12 @@ def plan_processes(
 
 
 class StartingProcesses:
-    """What :func:`start_processes` returns: ``await`` it, or enter it with ``async with``."""
+    """What :func:`start_processes` returns: ``await`` it, or enter it with ``async with``.
+
+    Attributes:
+        permit: asked before each worker's start; if the answer is no, those that were started are
+            killed, and awaiting this raises `NotPermittedError`.
+    """
 
     def __init__(
         self, spec: GroupSpec, numa_options: NumaOptions | None, options: RunOptions
@@ -168,8 +173,14 @@ class StartingProcesses:
         self._spec = spec
         self._numa_options = numa_options
         self._options = options
+        self.permit: Callable[[], bool] = lambda: True
         self._used = False
         self._context: PContext | None = None
+
+    @property
+    def token(self) -> str:
+        """Marks every process of the group in its environment, from its start."""
+        return self._spec.token
 
     def plan(self) -> GroupPlan:
         """The plan, without starting anything."""
@@ -184,9 +195,10 @@ class StartingProcesses:
         if self._used:
             raise RuntimeError(f"group {self._spec.name!r} is started already")
         self._used = True
-        _refuse_in_main_import()
+        refuse_in_main_import()
         spec = await binder.choose_and_probe(self._spec, self._numa_options, os.environ)
         self._context = PContext(self._plan(spec), self._options, work_of(spec))
+        self._context.permit = self.permit
         await self._context._start()
         return self._context
 
@@ -201,7 +213,7 @@ class StartingProcesses:
             await self._context.__aexit__(*exc_info)
 
 
-def _refuse_in_main_import() -> None:
+def refuse_in_main_import() -> None:
     """A script without a guard would start workers that start workers, and so on."""
     running = sys.modules.get("asupervise.functions.running")
     if running is not None and running.importing_main():

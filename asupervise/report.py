@@ -22,7 +22,12 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def format_report(
-    name: str, failures: Mapping[int, ProcessFailure], border_delim: str, section_delim: str
+    name: str,
+    failures: Mapping[int, ProcessFailure],
+    border_delim: str,
+    section_delim: str,
+    *,
+    culprit: int | None = None,
 ) -> str:
     """The text of `ChildFailedError`: title, failures, and the root cause.
 
@@ -31,9 +36,10 @@ def format_report(
         failures: by global rank; not empty.
         border_delim: the character above and below.
         section_delim: the character between the sections.
+        culprit: the rank of the root cause, where it is not the first of `failures`.
     """
     title = f"{_printable(name)} FAILED"
-    others, root = _sections(failures)
+    others, root = _sections(failures, culprit)
     width = max(len(line) for part in (title, others, root) for line in part.split("\n"))
     width = min(width, _MAX_WIDTH)
     border, section = border_delim * width, section_delim * width
@@ -41,8 +47,9 @@ def format_report(
     return "\n".join(["", border, title, section, f"Failures:\n{others}", section, root, border])
 
 
-def _sections(failures: Mapping[int, ProcessFailure]) -> tuple[str, str]:
+def _sections(failures: Mapping[int, ProcessFailure], culprit: int | None) -> tuple[str, str]:
     own = in_order({r: f for r, f in failures.items() if not f.ended_by_us})
+    own.sort(key=lambda item: item[0] != culprit)  # stable: it alone comes to the front
     ended = {r: f for r, f in failures.items() if f.ended_by_us}
     blocks = [
         _block(index, rank, failure, _OTHER_TEXT_CHARS)
@@ -78,7 +85,8 @@ def _fields(rank: int, failure: ProcessFailure, limit: int) -> list[tuple[str, s
     text = failure.traceback or (failure.message if isinstance(failure.message, str) else "")
     fields = [
         ("time", failure.timestamp_isoformat()),
-        ("host", os.uname().nodename),  # not getfqdn(): DNS can hold it up for seconds
+        # Not getfqdn(): DNS can hold it up for seconds.
+        ("host", _printable(failure.host) or os.uname().nodename),
         ("rank", f"{rank} (local_rank: {failure.local_rank})"),
         ("exitcode", f"{failure.exitcode} (pid: {failure.pid}){signal_text}"),
         ("cause", _printable(failure.cause) if failure.cause != text else ""),

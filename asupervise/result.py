@@ -78,6 +78,8 @@ class ChildFailedError(SupervisorError):
     Args:
         name: of what was run, for the title.
         failures: by global rank; not empty.
+        culprit: the global rank of the root cause, where that is known otherwise than from
+            `failures`: the nodes of a run agree on it.
 
     Raises:
         AssertionError: there are no failures (torch's exception, too).
@@ -89,11 +91,18 @@ class ChildFailedError(SupervisorError):
         (1, True)
     """
 
-    def __init__(self, name: str, failures: Mapping[int, ProcessFailure]) -> None:
+    def __init__(
+        self,
+        name: str,
+        failures: Mapping[int, ProcessFailure],
+        *,
+        culprit: int | None = None,
+    ) -> None:
         if not failures:
             raise AssertionError("ChildFailedError needs at least one failure")
         self.name = name
         self.failures = dict(failures)
+        self.culprit = culprit
         first = self.get_first_failure()[1]
         super().__init__(self.format_msg(), local_rank=first.local_rank, pid=first.pid)
         self.__cause__ = first.exception
@@ -112,6 +121,8 @@ class ChildFailedError(SupervisorError):
         """
         from asupervise.failures import in_order, root_cause
 
+        if self.culprit is not None:
+            return self.culprit, self.failures[self.culprit]
         return root_cause(self.failures) or in_order(self.failures)[0]
 
     def format_msg(self, boarder_delim: str = "=", section_delim: str = "-") -> str:
@@ -123,4 +134,6 @@ class ChildFailedError(SupervisorError):
         """
         from asupervise.report import format_report
 
-        return format_report(self.name, self.failures, boarder_delim, section_delim)
+        return format_report(
+            self.name, self.failures, boarder_delim, section_delim, culprit=self.culprit
+        )

@@ -6,14 +6,21 @@ import asyncio
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
-
-if TYPE_CHECKING:
-    from asupervise.procs import PContext
+from typing import Any, Final, Protocol
 
 ENDING_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # signal(7): nobody is asked about these two.
 _NOT_HANDLED: Final = (signal.SIGKILL, signal.SIGSTOP)
+
+
+class Signalled(Protocol):
+    """What signals can go to: a `PContext`, and what is like one."""
+
+    def send_signal(self, sig: int) -> None:
+        """Pass it on to the workers."""
+
+    async def close(self, death_sig: int | None, timeout: float) -> None:
+        """End them by it, and by SIGKILL after so many seconds."""
 
 
 class SignalHandling:
@@ -25,7 +32,7 @@ class SignalHandling:
 
     def __init__(
         self,
-        ctx: PContext | None,
+        ctx: Signalled | None,
         ending: Iterable[int],
         forwarded: Iterable[int],
         grace_s: float,
@@ -41,9 +48,14 @@ class SignalHandling:
         self._waiting: list[int] = []
         self._closing: set[asyncio.Task[None]] = set()
 
-    def attend(self, ctx: PContext) -> None:
-        """From now on signals go to `ctx`; those that have come before do so at once."""
+    def attend(self, ctx: Signalled | None) -> None:
+        """From now on signals go to `ctx`; those that have come before do so at once.
+
+        None: the group has ended, and signals wait for the next.
+        """
         self._ctx = ctx
+        if ctx is None:
+            return
         waiting, self._waiting = self._waiting, []
         for sig in waiting:
             self._act(sig, ctx)
@@ -61,7 +73,7 @@ class SignalHandling:
         if sig in self._ending and self._on_signal is not None:
             self._on_signal(_named(sig), self._again)
 
-    def _act(self, sig: int, ctx: PContext) -> None:
+    def _act(self, sig: int, ctx: Signalled) -> None:
         if sig in self._forwarded:
             self._forward(sig, ctx)
         elif self._again:
@@ -69,7 +81,7 @@ class SignalHandling:
         else:
             self._close(ctx, sig, self._grace_s)
 
-    def _forward(self, sig: int, ctx: PContext) -> None:
+    def _forward(self, sig: int, ctx: Signalled) -> None:
         try:
             ctx.send_signal(sig)
         except OSError as exc:
@@ -79,7 +91,7 @@ class SignalHandling:
                 {"message": f"signal {sig} could not be forwarded to {ctx!r}", "exception": exc}
             )
 
-    def _close(self, ctx: PContext, sig: int, grace_s: float) -> None:
+    def _close(self, ctx: Signalled, sig: int, grace_s: float) -> None:
         task = asyncio.get_running_loop().create_task(ctx.close(sig, grace_s))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -87,7 +99,7 @@ class SignalHandling:
 
 @contextmanager
 def handle_signals(
-    ctx: PContext | None = None,
+    ctx: Signalled | None = None,
     signals: Iterable[int] = ENDING_SIGNALS,
     *,
     forward: Iterable[int] = (),

@@ -11,27 +11,28 @@ from collections.abc import Callable
 from pathlib import Path
 from string import ascii_lowercase
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asupervise import cpus
+from asupervise.elastic.meeting import preview
 from asupervise.flags import FLAGS
 from asupervise.job import Job, prepare
 from asupervise.options import LaunchOptions, UsageError, help_text, parse_options
 
 # `torchrun --help` of torch 2.13: name, a value (None for a switch), what we make of it.
 TORCHRUN: list[tuple[str, str | None, Any]] = [
-    ("--nnodes", "1:1", (1, 1)),
+    ("--nnodes", "1:4", (1, 4)),
     ("--nproc-per-node", "4", 4),
     ("--rdzv-backend", "c10d", "c10d"),
-    ("--rdzv-endpoint", "[::1]:29400", ("::1", 29400)),
+    ("--rdzv-endpoint", "[::1]:29400", "[::1]:29400"),
     ("--rdzv-id", "job7", "job7"),
     ("--rdzv-conf", "timeout=30,read_timeout=5", (("timeout", "30"), ("read_timeout", "5"))),
     ("--standalone", None, True),
-    ("--max-restarts", "0", 0),
+    ("--max-restarts", "3", 3),
     ("--monitor-interval", "0.5", 0.5),
     ("--start-method", "forkserver", "forkserver"),
     ("--event-log-handler", "null", "null"),
@@ -45,7 +46,7 @@ TORCHRUN: list[tuple[str, str | None, Any]] = [
     ("--local-ranks-filter", "0,2", frozenset({0, 2})),
     ("--duplicate-stdout-filters", "apple,a,,b", ("apple", "a,b")),
     ("--duplicate-stderr-filters", "pear", ("pear",)),
-    ("--node-rank", "0", 0),
+    ("--node-rank", "2", 2),
     ("--master-addr", "[::1]", "::1"),
     ("--master-port", "29477", 29477),
     ("--local-addr", "10.0.0.7", "10.0.0.7"),
@@ -64,6 +65,10 @@ OURS: list[tuple[str, str | None, Any]] = [
     ("--use-env", None, True),
     ("--forward-signals", "usr1,SIGUSR2", (signal.SIGUSR1, signal.SIGUSR2)),
     ("--hang-timeout", "90", 90.0),
+    ("--restart", "worker", "worker"),
+    ("--restart-within", "90", 90.0),
+    ("--min-uptime", "2.5", 2.5),
+    ("--restart-backoff", "0", 0.0),
     ("--memory-sample-interval", "0", 0.0),
 ]
 NAMES = [name for name, _, _ in TORCHRUN] + ["--help"]
@@ -166,8 +171,8 @@ def test_the_later_of_two_wins() -> None:
 def test_defaults_are_those_of_torchrun() -> None:
     options = parsed()
     assert options == LaunchOptions(script="train.py")
-    assert (options.nproc_per_node, options.nnodes, options.max_restarts) == (1, (1, 1), 0)
-    assert (options.rdzv_backend, options.rdzv_id, options.role) == ("static", "none", "default")
+    assert (options.nproc_per_node, options.nnodes, options.max_restarts) == (1, None, 0)
+    assert (options.rdzv_backend, options.rdzv_id, options.role) == (None, "none", "default")
     assert (options.monitor_interval, options.start_method) == (0.1, "spawn")
     assert (options.shutdown_timeout, options.use_env) == (30.0, True)
     assert (options.hang_timeout, options.memory_sample_interval) == (None, 600.0)
@@ -259,17 +264,16 @@ def test_any_words_are_either_understood_or_refused(words: list[str]) -> None:
         ("--nproc-per-node 0 x.py", "--nproc-per-node '0': expected a number of at least 1"),
         ("--nproc-per-node -2 x.py", "--nproc-per-node '-2': expected a number of at least 1"),
         ("--nproc-per-node tpu x.py", "or one of auto, cpu, gpu, xpu"),
-        ("--nnodes 2 x.py", "--nnodes '2': more than one node is not supported yet"),
-        ("--nnodes 1:4 x.py", "--nnodes '1:4': more than one node is not supported yet"),
         ("--nnodes 0 x.py", "--nnodes '0': expected a number of at least 1"),
         ("--nnodes 2:1 x.py", "MIN not above MAX"),
         ("--nnodes 1:1:1 x.py", "--nnodes '1:1:1': expected"),
-        ("--node-rank 1 x.py", "--node-rank '1': more than one node is not supported yet"),
         ("--node-rank -1 x.py", "--node-rank '-1': expected a number of at least 0"),
-        ("--max-restarts 3 x.py", "--max-restarts '3': restarts are not supported yet"),
+        ("--node-rank -1 x.py", "--node-rank '-1': expected a number of at least 0"),
+        ("--max-restarts -1 x.py", "--max-restarts '-1': expected a number of at least 0"),
+        ("--min-uptime soon x.py", "--min-uptime 'soon': expected a number of seconds"),
         ("--max-restarts -1 x.py", "--max-restarts '-1': expected a number of at least 0"),
         ("--event-log-handler console x.py", "--event-log-handler 'console': event log handlers"),
-        ("--rdzv-backend etcd --rdzv-endpoint a:1,b:2 x.py", "--rdzv-backend 'etcd': expected"),
+        ("--rdzv-endpoint a:1,b:2 x.py", "--rdzv-endpoint 'a:1,b:2': the static backend has one"),
         ("--rdzv-endpoint host x.py", "--rdzv-endpoint 'host': the static backend needs a port"),
         ("--rdzv-endpoint host:x x.py", "--rdzv-endpoint 'host:x': expected HOST:PORT"),
         ("--rdzv-endpoint host:65536 x.py", "expected HOST:PORT"),
@@ -344,7 +348,7 @@ def test_an_unknown_flag_gets_a_suggestion() -> None:
 
 def test_standalone_overrides_even_what_would_be_refused() -> None:
     options = parsed("--standalone", "--rdzv-backend", "etcd", "--rdzv-endpoint", "?")
-    assert (options.rdzv_backend, options.rdzv_endpoint) == ("static", None)
+    assert (options.rdzv_backend, options.rdzv_endpoint) == (None, None)
 
 
 # --- help ---------------------------------------------------------------------------------------
@@ -380,11 +384,20 @@ def test_help_and_version_are_quick_to_say() -> None:
 SCRIPT = str(Path(__file__))
 
 
-def job(*words: str, script: str = SCRIPT, **environ: str) -> Job:
-    return prepare(parse_options([*words, script, "--lr", "${local_rank}"], environ), environ)
+class Made(NamedTuple):
+    """A job, and the arguments of `start_processes` in a round as it may be."""
+
+    job: Job
+    arguments: dict[str, Any]
 
 
-def command(made: Job, rank: int = 0) -> list[str]:
+def job(*words: str, script: str = SCRIPT, **environ: str) -> Made:
+    options = parse_options([*words, script, "--lr", "${local_rank}"], environ)
+    made = prepare(options, environ)
+    return Made(made, made.blueprint.start_arguments(preview(made.request), environ))
+
+
+def command(made: Made, rank: int = 0) -> list[str]:
     return [made.arguments["entrypoint"], *made.arguments["args"][rank]]
 
 
@@ -421,7 +434,7 @@ def test_a_missing_script_is_named_with_its_rank() -> None:
         job(script="/no/${local_rank}.py")
 
 
-def told(made: Job) -> tuple[str, str]:
+def told(made: Made) -> tuple[str, str]:
     env = made.arguments["envs"][0]
     return env["MASTER_ADDR"], env["MASTER_PORT"]
 
@@ -462,6 +475,53 @@ def test_otherwise_a_free_port_is(words: str, address: str) -> None:
     assert port not in ("0", "4444")
     with socket.socket() as probe:
         probe.bind(("", int(port)))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--nnodes 2", "--nnodes needs --node-rank"),
+        ("--nnodes 2 --node-rank 2", "--node-rank 2: expected 0 to 1 with --nnodes 2"),
+        ("--nnodes 2 --node-rank 1", "--master-addr: node 0's address is needed"),
+        ("--nnodes 1:2 --node-rank 0", "--nnodes 1:2: the static backend has a fixed number"),
+        ("--nnodes 2 --rdzv-backend etcd --rdzv-endpoint a:1", "--rdzv-id is needed"),
+        ("--rdzv-conf last_call_timeout=x", "--rdzv-conf last_call_timeout=x: expected a number"),
+        ("--rdzv-backend env", "--rdzv-backend env: no scheduler has started us"),
+    ],
+)
+def test_nodes_that_cannot_meet_are_refused(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        job(*words.split())
+
+
+def test_ranks_are_laid_out_node_by_node() -> None:
+    words = "--nnodes 3 --node-rank 1 --master-addr a --nproc-per-node 2".split()
+    made = job(*words, "--log-line-prefix-template", "<${rank}>")
+    envs = made.arguments["envs"]
+    assert [env["RANK"] for env in envs.values()] == ["2", "3"]
+    expected = {
+        "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "3", "WORLD_SIZE": "6", "ROLE_WORLD_SIZE": "6",
+        "MASTER_ADDR": "a", "MASTER_PORT": "29500",
+    }  # fmt: skip
+    assert {name: envs[0][name] for name in expected} == expected
+    assert made.arguments["log_line_prefixes"] == {0: "<2>", 1: "<3>"}
+    # The first node's local rank 0 has the terminal.
+    assert made.arguments["stdin"] is None
+
+
+def test_a_scheduler_is_asked_where_nothing_else_is_said() -> None:
+    slurm = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NODEID": "1", "SLURM_PROCID": "1",
+        "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NNODES": "2",
+        "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "0",
+    }  # fmt: skip
+    made = job(**slurm)
+    assert made.arguments["envs"][0]["GROUP_RANK"] == "1"
+    assert made.arguments["envs"][0]["MASTER_ADDR"] == "n1"
+    assert "SLURM" in made.job.choices["nodes"]
+    # Of a worker of ours, which inherits them, nobody must think so.
+    assert job(**slurm, TORCHELASTIC_RUN_ID="x").arguments["envs"][0]["WORLD_SIZE"] == "1"
+    assert job("--nnodes", "1", **slurm).arguments["envs"][0]["WORLD_SIZE"] == "1"
 
 
 def test_a_job_has_the_users_name_or_one_of_its_own() -> None:

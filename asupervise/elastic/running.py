@@ -1,0 +1,167 @@
+"""Run a blueprint's groups in the rounds of a run, with whatever backend."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+from asupervise.elastic.agent import NO_HOOKS, Agent, Hooks, Outcome, Standing, Starting
+from asupervise.elastic.blueprint import Blueprint
+from asupervise.elastic.gate import Gate, nvml_memory
+from asupervise.elastic.ports import HeldPort
+from asupervise.elastic.records import Node
+from asupervise.elastic.rendezvous import Opener, Request
+from asupervise.errors import NotSupportedError
+from asupervise.procs import start_processes
+
+if TYPE_CHECKING:
+    from asupervise.elastic.services import OnRestart
+
+__all__ = ["BACKENDS", "opener_of", "run", "serve", "this_node"]
+
+BACKENDS: Final = ("static", "env", "etcd", "c10d")
+_ENTRY_POINT_GROUP: Final = "asupervise.rendezvous"
+_MODULES: Final = {"etcd": "etcd_run"}
+
+
+def opener_of(backend: str) -> Opener:
+    """What opens the rendezvous of that name.
+
+    Raises:
+        NotSupportedError: if there is none, naming those that there are.
+    """
+    if backend in BACKENDS:
+        name = _MODULES.get(backend, backend)
+        opener: Opener = import_module(f"asupervise.elastic.rendezvous.{name}").open
+        return opener
+    # Imported here: it takes as long as all of ours.
+    from importlib.metadata import entry_points
+
+    points = entry_points(group=_ENTRY_POINT_GROUP)
+    for point in points.select(name=backend):
+        loaded: Opener = point.load()
+        return loaded
+    known = ", ".join([*BACKENDS, *sorted(points.names)])
+    raise NotSupportedError(f"there is no rendezvous backend {backend!r}; known: {known}")
+
+
+def this_node(
+    nproc: int,
+    *,
+    address: str | None = None,
+    endpoint: str = "",
+    role: str = "default",
+    node_rank: int | None = None,
+) -> Node:
+    """How this machine presents itself.
+
+    Args:
+        nproc: how many workers it starts.
+        address: where the others reach it; by default the one that it reaches `endpoint` from.
+        endpoint: ``host:port`` of the engine, or "".
+        role: of the workers.
+        node_rank: its place, where it was given one.
+    """
+    host = os.uname().nodename
+    own = address or (_address_towards(endpoint) if endpoint else "127.0.0.1")
+    return Node(os.urandom(8).hex(), host, own, nproc, role, node_rank)
+
+
+def _address_towards(endpoint: str) -> str:
+    """Our address on the way to it; nothing is sent (connect(2) of a datagram socket)."""
+    host, _, port = endpoint.split(",")[0].rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port or 0), type=socket.SOCK_DGRAM)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)
+            own: str = probe.getsockname()[0]
+            return own
+    except (OSError, ValueError, IndexError):
+        return os.uname().nodename
+
+
+async def serve(
+    blueprint: Blueprint,
+    request: Request,
+    hooks: Hooks = NO_HOOKS,
+    *,
+    within_s: float = 60.0,
+    on_restart: OnRestart | None = None,
+) -> Outcome:
+    """Keep services up on this node: one worker is started anew, and the others go on.
+
+    Args:
+        blueprint: what this node starts.
+        request: whose policy and terms say when to give up.
+        hooks: who wants to hear of it.
+        within_s: `max_restarts` are so many within so many seconds.
+        on_restart: see `run_services`.
+
+    Raises:
+        NotSupportedError: for more than one node.
+        SupervisorError, ValueError, OSError: if they cannot be started.
+    """
+    from asupervise.elastic.meeting import preview
+    from asupervise.elastic.services import run_services
+
+    if request.terms.max_nodes > 1:
+        raise NotSupportedError("--restart worker: services run on one node each")
+    with HeldPort() as port:
+        asked = replace(request, master_port=request.master_port or port.number)
+        standing = preview(asked)
+        arguments = blueprint.start_arguments(standing, os.environ)
+        arguments.pop("subreaper", None)
+        async with run_services(
+            **arguments,
+            max_restarts=request.terms.max_restarts,
+            within_s=within_s,
+            policy=request.policy,
+            on_restart=on_restart,
+        ) as services:
+            hooks.on_group(services)
+            result = await services.wait()
+    over = replace(standing.round, state="over", succeeded=not result.is_failed())
+    return Outcome(over, result, standing)
+
+
+async def run(
+    blueprint: Blueprint, backend: str, request: Request, hooks: Hooks = NO_HOOKS
+) -> Outcome:
+    """Take part in a run until it is over.
+
+    Args:
+        blueprint: what this node starts.
+        backend: how the nodes come together.
+        request: what the backend is given.
+        hooks: who wants to hear of it.
+
+    Raises:
+        SupervisorError, ValueError, OSError: if the rendezvous or a group is not possible.
+    """
+
+    def start(standing: Standing) -> Starting:
+        return start_processes(**blueprint.start_arguments(standing, os.environ))
+
+    fixed = backend in ("static", "env")
+    gate = Gate(
+        max_restarts=request.terms.max_restarts,
+        port=request.master_port or None,
+        # Where there will be no other group nobody looks.
+        memory=nvml_memory if request.terms.max_restarts or not fixed else lambda: None,
+        on_warning=hooks.on_warning,
+    )
+
+    async with opener_of(backend)(request) as rendezvous:
+        agent = Agent(
+            rendezvous,
+            start,
+            shutdown_timeout_s=blueprint.arguments.get("shutdown_timeout", 30.0),
+            hooks=hooks,
+            fixed_port=request.master_port or None,
+            gate=gate,
+        )
+        return await agent.run()

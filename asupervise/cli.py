@@ -75,7 +75,7 @@ def _run(options: LaunchOptions, on_started: Callable[[], None]) -> int:
         job = prepare(options, os.environ)
         if options.dry_run:
             from asupervise.dryrun import describe
-            from asupervise.elastic.meeting import preview
+            from asupervise.elastic.node import preview
             from asupervise.procs import plan_processes
 
             arguments = job.blueprint.start_arguments(preview(job.request), os.environ)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from asupervise import cpus
 from asupervise.elastic.blueprint import Blueprint
-from asupervise.elastic.meeting import meeting_of, preview
+from asupervise.elastic.meeting import meeting_of
+from asupervise.elastic.node import preview
 from asupervise.elastic.rendezvous import Request
 from asupervise.environ import fair_share, substitute_macros
 from asupervise.options import LaunchOptions, UsageError, check_stdin

@@ -80,7 +80,7 @@ ROOMS = {
     "shielding": room(others="anyio", asynchronous=True),
     "handler": room("_compat plan procfs", asynchronous=True),
     "work": room("handler", lazily="functions.work plan spec"),
-    "cleanup": room("cgroups handler newcomers procfs", asynchronous=True),
+    "cleanup": room("newcomers procfs", lazily="cgroups handler", asynchronous=True),
     "guardian": room("_compat shielding", lazily="cgroups cleanup", asynchronous=True),
     "subreaper": room("procfs", asynchronous=True),
     "hang": room("handler procfs worker", asynchronous=True),
@@ -126,21 +126,119 @@ ROOMS = {
     ),
     # One group on one node.
     "context": room(
-        "_compat cgroups cleanup collect diagnosis files guardian handler plan procfs"
-        " result shielding spec subreaper work",
+        "_compat cgroups cleanup collect diagnosis errors files guardian handler plan"
+        " procfs result shielding spec subreaper work",
         lazily="stacks streaming",
         asynchronous=True,
     ),
     "procs": room("binder context files logs plan spec work", lazily="binding functions.zygote"),
+    "elastic.__init__": room(),
+    "elastic.interruption": room(),
+    "elastic.engine": room("errors"),
+    "elastic.records": room("elastic.engine"),
+    "elastic.decide": room("elastic.records"),
+    "elastic.culprits": room("elastic.records error_files failures"),
+    "elastic.values": room("elastic.decide"),
+    "elastic.ports": room(),
+    "elastic.watchdog": room(
+        "_compat procfs shielding",
+        lazily="context elastic.rendezvous.Rendezvous",
+        asynchronous=True,
+    ),
+    "elastic.watchdog_main": room("cgroups procfs"),
+    "elastic.gate": room(
+        "elastic.ports errors",
+        lazily="elastic.records gpus result",
+        others="pynvml",
+        asynchronous=True,
+    ),
+    "elastic.coordinator": room(
+        "elastic.decide elastic.engine elastic.interruption elastic.records elastic.watchdog",
+        asynchronous=True,
+    ),
+    "elastic.replay": room("elastic.engine elastic.records"),
+    "elastic.log_engine": room("elastic.engine elastic.records elastic.replay", asynchronous=True),
+    "elastic.store_log": room(
+        "elastic.engine elastic.log_engine elastic.replay", asynchronous=True
+    ),
+    "elastic.rendezvous.__init__": room("elastic.decide elastic.interruption elastic.records"),
+    "elastic.rendezvous.static": room(
+        "elastic.decide elastic.interruption elastic.records elastic.rendezvous.Request",
+        asynchronous=True,
+    ),
+    "elastic.rendezvous.hostlist": room(),
+    "elastic.rendezvous.variables": room("errors"),
+    "elastic.rendezvous.schedulers": room(
+        "elastic.rendezvous.hostlist elastic.rendezvous.variables"
+    ),
+    "elastic.rendezvous.env": room(
+        "elastic.rendezvous.Request elastic.rendezvous.schedulers elastic.rendezvous.static flags",
+        asynchronous=True,
+    ),
+    "elastic.rendezvous.etcd_calls": room("elastic.engine", others="aetcd grpc", asynchronous=True),
+    "elastic.rendezvous.etcd": room(
+        "elastic.engine elastic.rendezvous.etcd_calls", asynchronous=True
+    ),
+    "elastic.rendezvous.etcd_run": room(
+        "elastic.coordinator elastic.engine elastic.rendezvous.Request"
+        " elastic.rendezvous.etcd elastic.values"
+    ),
+    "elastic.rendezvous.c10d": room(
+        "elastic.coordinator elastic.engine elastic.log_engine elastic.records"
+        " elastic.rendezvous.Request elastic.store_log elastic.values",
+        others="psutil torch",
+        asynchronous=True,
+    ),
+    "elastic.agent": room(
+        "context elastic.gate elastic.interruption elastic.ports elastic.records"
+        " elastic.rendezvous.Rendezvous elastic.watchdog errors result shielding",
+        lazily="elastic.culprits failures signals",
+        asynchronous=True,
+    ),
+    "elastic.blueprint": room("elastic.agent environ logs"),
+    "elastic.intensity": room("elastic.decide"),
+    "elastic.alone": room("cleanup context files handler logs plan spec work", asynchronous=True),
+    "elastic.keeping": room(
+        "elastic.alone elastic.intensity error_files errors failures files result shielding spec",
+        lazily="stacks",
+        asynchronous=True,
+    ),
+    "elastic.services": room(
+        "binder elastic.alone elastic.decide elastic.intensity elastic.keeping logs procs spec",
+        lazily="binding functions.zygote",
+    ),
+    "elastic.node": room("elastic.agent elastic.ports elastic.records elastic.rendezvous.Request"),
+    "elastic.running": room(
+        "elastic.agent elastic.blueprint elastic.gate elastic.ports"
+        " elastic.rendezvous.Opener elastic.rendezvous.Request errors procs",
+        lazily="elastic.node elastic.services",
+    ),
+    "elastic.meeting": room(
+        "elastic.node elastic.records elastic.rendezvous.Request elastic.values flags options",
+        lazily="elastic.rendezvous.env elastic.rendezvous.schedulers",
+    ),
+    "elastic.config": room(
+        "elastic.decide elastic.records elastic.values flags",
+        lazily="binding functions.zygote logs",
+    ),
+    "elastic.launching": room(
+        "elastic.agent elastic.blueprint elastic.config elastic.culprits elastic.meeting"
+        " elastic.node elastic.rendezvous.Request elastic.running errors failures logs"
+        " result"
+    ),
     # The command line. What it does not need to say "usage: ..." it imports when it does.
     "flags": room(),
     "options": room("errors flags"),
-    "job": room("cpus environ options", lazily="binding logs procs topology"),
+    "job": room(
+        "cpus elastic.blueprint elastic.meeting elastic.node elastic.rendezvous.Request"
+        " environ options",
+        lazily="binding logs procs topology",
+    ),
     "dryrun": room("job plan", lazily="binding"),
-    "signals": room(lazily="procs", asynchronous=True),
+    "signals": room(asynchronous=True),
     "cli": room(
         "errors options",
-        lazily="dryrun error_handler failures job procs result signals",
+        lazily="dryrun elastic.agent elastic.launching elastic.node elastic.records elastic.running error_handler failures job procs result signals",
         asynchronous=True,
     ),
     "__main__": room("cli"),

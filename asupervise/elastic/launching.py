@@ -10,8 +10,9 @@ from asupervise.elastic.blueprint import Blueprint
 from asupervise.elastic.config import LaunchConfig, Place
 from asupervise.elastic.culprits import failure_of
 from asupervise.elastic.meeting import random_id
+from asupervise.elastic.node import this_node
 from asupervise.elastic.rendezvous import Request
-from asupervise.elastic.running import run, serve, this_node
+from asupervise.elastic.running import run, serve
 from asupervise.errors import SupervisorError
 from asupervise.failures import ProcessFailure
 from asupervise.logs import DefaultLogsSpecs

@@ -7,11 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from asupervise.elastic.agent import Standing
-from asupervise.elastic.ports import HeldPort
-from asupervise.elastic.records import Member, Round, Terms
+from asupervise.elastic.node import this_node
+from asupervise.elastic.records import Terms
 from asupervise.elastic.rendezvous import Request
-from asupervise.elastic.running import this_node
 from asupervise.elastic.values import policy_of
 from asupervise.flags import split_endpoint
 from asupervise.options import UsageError
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from asupervise.elastic.rendezvous.schedulers import Found
     from asupervise.options import LaunchOptions
 
-__all__ = ["Meeting", "meeting_of", "preview", "random_id"]
+__all__ = ["Meeting", "meeting_of", "random_id"]
 
 # torchrun's, where several nodes must agree on one without talking.
 _MASTER_PORT: Final = 29500
@@ -236,25 +234,3 @@ def random_id() -> str:
     digits[16] = "89ab"[int(digits[16], 16) % 4]
     text = "".join(digits)
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-
-
-def preview(request: Request) -> Standing:
-    """A round as it may be: with the fewest nodes, each like this one."""
-    me = request.node
-    count = request.terms.min_nodes
-    place = min(me.node_rank or 0, count - 1)
-    members = tuple(
-        Member(
-            me.id if rank == place else str(rank),
-            me.host,
-            request.master_addr or me.address,
-            me.nproc,
-            me.role,
-        )
-        for rank in range(count)
-    )
-    port = request.master_port
-    if port is None:
-        with HeldPort() as held:
-            port = held.number
-    return Standing(Round(0, "running", members=members, master_port=port), place, 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
@@ -12,7 +11,6 @@ from asupervise.elastic.agent import NO_HOOKS, Agent, Hooks, Outcome, Standing, 
 from asupervise.elastic.blueprint import Blueprint
 from asupervise.elastic.gate import Gate, nvml_memory
 from asupervise.elastic.ports import HeldPort
-from asupervise.elastic.records import Node
 from asupervise.elastic.rendezvous import Opener, Request
 from asupervise.errors import NotSupportedError
 from asupervise.procs import start_processes
@@ -20,7 +18,7 @@ from asupervise.procs import start_processes
 if TYPE_CHECKING:
     from asupervise.elastic.services import OnRestart
 
-__all__ = ["BACKENDS", "opener_of", "run", "serve", "this_node"]
+__all__ = ["BACKENDS", "opener_of", "run", "serve"]
 
 BACKENDS: Final = ("static", "env", "etcd", "c10d")
 _ENTRY_POINT_GROUP: Final = "asupervise.rendezvous"
@@ -48,42 +46,6 @@ def opener_of(backend: str) -> Opener:
     raise NotSupportedError(f"there is no rendezvous backend {backend!r}; known: {known}")
 
 
-def this_node(
-    nproc: int,
-    *,
-    address: str | None = None,
-    endpoint: str = "",
-    role: str = "default",
-    node_rank: int | None = None,
-) -> Node:
-    """How this machine presents itself.
-
-    Args:
-        nproc: how many workers it starts.
-        address: where the others reach it; by default the one that it reaches `endpoint` from.
-        endpoint: ``host:port`` of the engine, or "".
-        role: of the workers.
-        node_rank: its place, where it was given one.
-    """
-    host = os.uname().nodename
-    own = address or (_address_towards(endpoint) if endpoint else "127.0.0.1")
-    return Node(os.urandom(8).hex(), host, own, nproc, role, node_rank)
-
-
-def _address_towards(endpoint: str) -> str:
-    """Our address on the way to it; nothing is sent (connect(2) of a datagram socket)."""
-    host, _, port = endpoint.split(",")[0].rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port or 0), type=socket.SOCK_DGRAM)
-        family, kind, protocol, _, address = found[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)
-            own: str = probe.getsockname()[0]
-            return own
-    except (OSError, ValueError, IndexError):
-        return os.uname().nodename
-
-
 async def serve(
     blueprint: Blueprint,
     request: Request,
@@ -105,7 +67,7 @@ async def serve(
         NotSupportedError: for more than one node.
         SupervisorError, ValueError, OSError: if they cannot be started.
     """
-    from asupervise.elastic.meeting import preview
+    from asupervise.elastic.node import preview
     from asupervise.elastic.services import run_services
 
     if request.terms.max_nodes > 1:

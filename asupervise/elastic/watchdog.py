@@ -39,9 +39,9 @@ it does not where it is stopped as well (a frozen cgroup, then with the workers 
 or finds neither memory nor a processor. A descendant that has wiped its environment, left its
 session and lost its parent is not found, unless a cgroup was delegated. A lease that an
 administrator revokes, or an engine that loses its data, ends it without a warning: then A is what
-is left of it, nothing, as soon as the next keep-alive is answered. And an agent that is stopped in the
-microseconds between its look at the clock and a worker's start lets that one live when it goes on
-until it looks again.
+is left of it, nothing, as soon as the next keep-alive is answered. And an agent that is stopped in
+the microseconds between its look at the clock and a worker's start lets that one live, when it goes
+on, until it looks again.
 
 And a machine that is suspended as a whole: CLOCK_MONOTONIC stands still meanwhile, and the workers
 with it, but others' clocks go on. CLOCK_BOOTTIME would go on, too, but nothing wakes a process for

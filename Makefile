@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 DEMO_ARGS := --nproc-per-node 4 --tee 3 examples/word_count.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-cluster chaos bench lint format \
+.PHONY: help demo test test-torch test-cluster chaos chaos-nodes bench lint format \
 	system-packages cluster-packages clean
 
 help:  ## show this list
@@ -26,6 +26,9 @@ test-cluster: $(VENV)/.installed-torch cluster-packages  ## nodes as network nam
 
 chaos: $(VENV)/.installed-test  ## random groups, faults and endings (SEED=n, ROUNDS=300; random and shown)
 	$(PY) tests/chaos/run.py $(if $(SEED),--seed $(SEED)) --rounds $(or $(ROUNDS),300)
+
+chaos-nodes: $(VENV)/.installed-test cluster-packages  ## random faults on three nodes, their etcd and links (SEED=n, ROUNDS=200)
+	$(PY) tests/chaos/nodes.py $(if $(SEED),--seed $(SEED)) --rounds $(or $(ROUNDS),200)
 
 bench: $(VENV)/.installed  ## how fast it is, beside its peers and limits (BENCH_ARGS=--help)
 	$(PY) -m benchmarks.install_peers

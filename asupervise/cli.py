@@ -129,7 +129,7 @@ async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], 
                 on_started()
 
         try:
-            hooks = Hooks(on_group, _tell_round, stop)
+            hooks = Hooks(on_group, _tell_round, stop, on_warning=_warn)
             if options.restart == "worker":
                 outcome = await serve(
                     job.blueprint, job.request, hooks,
@@ -166,7 +166,7 @@ def _announce(sig: Signals, again: bool) -> None:
 def _concluded(job: Job, outcome: Outcome, received: Signals | None) -> int:
     """Say how the job ended; returns the exit status."""
     for warning in outcome.result.warnings if outcome.result is not None else ():
-        _say(f"warning: {warning}")
+        _warn(warning)
     succeeded = outcome.round is not None and outcome.round.succeeded
     if outcome.round is not None and outcome.result is None and (succeeded or outcome.culprit):
         _say(f"asupervise: the run was over before this node came: {outcome.round.why}")
@@ -232,6 +232,10 @@ def _in_one_line(error: Exception) -> str:
         named = error.filename is not None and str(error.filename) not in error.strerror
         return f"{error.strerror}: {error.filename!r}" if named else error.strerror
     return str(error)
+
+
+def _warn(text: str) -> None:
+    _say(f"warning: {text}")
 
 
 def _say(text: str) -> None:

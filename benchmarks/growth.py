@@ -35,7 +35,7 @@ _TIME = Metric("time", "s", 3)
 _PEAK = Metric("peak memory", "MiB", 1)
 
 # By group, candidate, metric and size: what was measured so far.
-_Points = defaultdict[tuple[str, str], dict[float, list[Sample]]]
+Points = defaultdict[tuple[str, str], dict[float, list[Sample]]]
 
 
 # --- inside the candidates' processes -------------------------------------------------------------
@@ -63,15 +63,15 @@ def _grown(request: dict[str, Any], sample: Sample) -> Sample:
 
 
 def _cases(setup: Setup) -> Iterator[Case]:
-    points: _Points = defaultdict(lambda: defaultdict(list))
+    points: Points = defaultdict(lambda: defaultdict(list))
     yield from _with_workers(setup, points)
     of_groups = [scale.START, scale.STOP, scale.MEMORY]
-    yield _exponents("workers", points, (_BARE, SUBJECT), of_groups)
+    yield exponents("workers", points, (_BARE, SUBJECT), of_groups)
     yield from _with_logs(setup, points)
-    yield _exponents("logs", points, (_PREFIXER, SUBJECT), [_TIME, _PEAK])
+    yield exponents("logs", points, (_PREFIXER, SUBJECT), [_TIME, _PEAK])
 
 
-def _with_workers(setup: Setup, points: _Points) -> Iterator[Case]:
+def _with_workers(setup: Setup, points: Points) -> Iterator[Case]:
     for workers in _WORKERS[: 3 if setup.quick else None]:
         request = {
             "workers": workers,
@@ -88,14 +88,14 @@ def _with_workers(setup: Setup, points: _Points) -> Iterator[Case]:
             group="number of workers",
             size=workers,
             metrics=[scale.START, scale.STOP, scale.MEMORY],
-            candidates=_kept(points, "workers", workers, runs),
+            candidates=kept(points, "workers", workers, runs),
             limit=_BARE,
             rounds=setup.rounds(3, quick=1),
             warmups=0,
         )
 
 
-def _with_logs(setup: Setup, points: _Points) -> Iterator[Case]:
+def _with_logs(setup: Setup, points: Points) -> Iterator[Case]:
     data = setup.scratch / "quarter-megabyte"
     tee.write_lines(data, 1_000_000 // _LOG_RANKS // _LINE_BYTES)
     took_s = 0.0
@@ -119,7 +119,7 @@ def _with_logs(setup: Setup, points: _Points) -> Iterator[Case]:
             group="MB of logs",
             size=megabytes,
             metrics=[_TIME, _PEAK],
-            candidates=_kept(points, "logs", megabytes, runs),
+            candidates=kept(points, "logs", megabytes, runs),
             limit=_PREFIXER,
             rounds=1 if megabytes > 1_000 else setup.rounds(3, quick=1),
             warmups=0,
@@ -146,10 +146,10 @@ def _run_fresh(function: str, request: dict[str, Any]) -> Sample:
         return resident.ask(request, timeout_s=3 * _LONGEST_S)
 
 
-def _kept(
-    points: _Points, group: str, size: float, runs: Mapping[str, Callable[[], Sample]]
+def kept(
+    points: Points, group: str, size: float, runs: Mapping[str, Callable[[], Sample]]
 ) -> list[Candidate]:
-    """Candidates whose samples are kept for `_exponents`."""
+    """Candidates whose samples are kept for `exponents`."""
 
     def run(name: str) -> Sample:
         sample = runs[name]()
@@ -159,23 +159,29 @@ def _kept(
     return [Candidate(name, partial(run, name)) for name in runs]
 
 
-def _exponents(
-    group: str, points: _Points, names: Sequence[str], metrics: Sequence[Metric]
+def exponents(
+    group: str,
+    points: Points,
+    names: Sequence[str],
+    metrics: Sequence[Metric],
+    bound: float = 1.0,
 ) -> Case:
+    """How figures grow with what is counted in `group`: goals are for exponents up to `bound`."""
+
     def fitted(name: str) -> Sample:
         by_size = points[group, name]
         if len(by_size) < 2:
             raise MeasureError("too few sizes")
         return {f"exponent of {metric.name}": _slope(by_size, metric.name) for metric in metrics}
 
-    exponents = [Metric(f"exponent of {metric.name}", "", 2) for metric in metrics]
+    fits = [Metric(f"exponent of {metric.name}", "", 2) for metric in metrics]
     return Case(
         name=f"growth with {group}",
         group=f"growth with {group}",
-        metrics=exponents,
+        metrics=fits,
         candidates=[Candidate(name, partial(fitted, name)) for name in names],
         limit=None,
-        goals=[Goal(metric.name, "<=", 1) for metric in exponents],
+        goals=[Goal(metric.name, "<=", bound) for metric in fits],
         rounds=1,
         warmups=0,
     )

@@ -136,7 +136,8 @@ def _lines(axis: Any, metric: MetricDocument, cases: Sequence[CaseDocument]) -> 
     _scales(axis, metric, cases)
     axis.set_title(with_unit(metric))
     # A group that is not named after what grows has sizes that are numbers of workers.
-    axis.set_xlabel(cases[0]["group"] if cases[0]["group"].startswith("MB") else "workers")
+    named = cases[0]["group"].startswith(("MB", "number of "))
+    axis.set_xlabel(cases[0]["group"].removeprefix("number of ") if named else "workers")
     axis.grid(visible=True)
 
 

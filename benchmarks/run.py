@@ -26,6 +26,7 @@ from benchmarks import (
     launch_cli,
     report,
     results,
+    rounds,
     scale,
     tee,
 )
@@ -40,7 +41,7 @@ TOPICS: dict[str, Topic] = {
     module.TOPIC.name: module.TOPIC
     for module in (
         *(imports, launch_cli, launch_api, death, tee, delay, filters, idle, scale),
-        *(function_workers, growth),
+        *(function_workers, rounds, growth),
     )
 }
 # Of a run of everything, in full.

@@ -152,8 +152,13 @@ ROOMS = {
         others="pynvml",
         asynchronous=True,
     ),
+    "elastic.board": room("elastic.engine elastic.records", asynchronous=True),
+    "elastic.leading": room(
+        "elastic.board elastic.decide elastic.engine elastic.records", asynchronous=True
+    ),
     "elastic.coordinator": room(
-        "elastic.decide elastic.engine elastic.interruption elastic.records elastic.watchdog",
+        "elastic.board elastic.decide elastic.engine elastic.interruption elastic.leading"
+        " elastic.records elastic.watchdog",
         asynchronous=True,
     ),
     "elastic.replay": room("elastic.engine elastic.records"),
@@ -176,12 +181,12 @@ ROOMS = {
         asynchronous=True,
     ),
     "elastic.rendezvous.etcd_calls": room("elastic.engine", others="aetcd grpc", asynchronous=True),
-    "elastic.rendezvous.etcd": room(
+    "elastic.rendezvous.etcd_engine": room(
         "elastic.engine elastic.rendezvous.etcd_calls", asynchronous=True
     ),
-    "elastic.rendezvous.etcd_run": room(
+    "elastic.rendezvous.etcd": room(
         "elastic.coordinator elastic.engine elastic.rendezvous.Request"
-        " elastic.rendezvous.etcd elastic.values"
+        " elastic.rendezvous.etcd_engine elastic.values"
     ),
     "elastic.rendezvous.c10d": room(
         "elastic.coordinator elastic.engine elastic.log_engine elastic.records"
@@ -238,7 +243,8 @@ ROOMS = {
     "signals": room(asynchronous=True),
     "cli": room(
         "errors options",
-        lazily="dryrun elastic.agent elastic.launching elastic.node elastic.records elastic.running error_handler failures job procs result signals",
+        lazily="dryrun elastic.agent elastic.launching elastic.node elastic.records"
+        " elastic.running error_handler failures job procs result signals",
         asynchronous=True,
     ),
     "__main__": room("cli"),

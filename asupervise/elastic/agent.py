@@ -221,12 +221,15 @@ class Agent:
                 self._hooks.on_group(ctx)
                 group = _Group(
                     ctx, standing, started_ns, self._rendezvous, self._shutdown_timeout_s,
-                    lambda: self._watchdog.has_ended(starting.token),
+                    lambda: self._watchdog.has_ended(starting.token), self._leaving,
                 )  # fmt: skip
                 result = await group.watch()
         self._fenced = group.fenced
         self._gate.shut(round, result, ctx.survivors, listened=group_rank == 0)
         return Outcome(round, result, standing)
+
+    def _leaving(self) -> bool:
+        return self._hooks.stop is not None and self._hooks.stop.is_set()
 
     async def _could_not_start(self, standing: Standing, error: Exception) -> None:
         from asupervise.elastic.culprits import culprit_of
@@ -255,6 +258,8 @@ class _Group:
 
     Args:
         killed: whether the watchdog has ended its workers.
+        leaving: whether this node was told to leave the run: workers that then end with status 0
+            have not finished.
     """
 
     def __init__(
@@ -265,6 +270,7 @@ class _Group:
         rendezvous: Rendezvous,
         shutdown_timeout_s: float,
         killed: Callable[[], bool],
+        leaving: Callable[[], bool],
     ) -> None:
         self._ctx = ctx
         self._standing = standing
@@ -272,6 +278,7 @@ class _Group:
         self._rendezvous = rendezvous
         self._shutdown_timeout_s = shutdown_timeout_s
         self._killed = killed
+        self._leaving = leaving
         self._fencing = False
 
     @property
@@ -333,7 +340,7 @@ class _Group:
         if self.fenced:
             return
         if not result.is_failed():
-            await self._leave_round("succeeded")
+            await self._leave_round("stopped" if self._leaving() else "succeeded")
         elif cause is None:
             await self._leave_round("stopped")
         else:

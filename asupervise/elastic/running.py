@@ -22,7 +22,6 @@ __all__ = ["BACKENDS", "opener_of", "run", "serve"]
 
 BACKENDS: Final = ("static", "env", "etcd", "c10d")
 _ENTRY_POINT_GROUP: Final = "asupervise.rendezvous"
-_MODULES: Final = {"etcd": "etcd_run"}
 
 
 def opener_of(backend: str) -> Opener:
@@ -32,8 +31,7 @@ def opener_of(backend: str) -> Opener:
         NotSupportedError: if there is none, naming those that there are.
     """
     if backend in BACKENDS:
-        name = _MODULES.get(backend, backend)
-        opener: Opener = import_module(f"asupervise.elastic.rendezvous.{name}").open
+        opener: Opener = import_module(f"asupervise.elastic.rendezvous.{backend}").open
         return opener
     # Imported here: it takes as long as all of ours.
     from importlib.metadata import entry_points

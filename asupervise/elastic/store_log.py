@@ -1,7 +1,8 @@
 """A log in a store like torch's: keys that are set, counted, compared and waited for.
 
 Who writes takes the next number and sets the entry of that number, where nobody else has; who
-reads waits for the next entry.
+reads waits for the next entry. Eight nodes whose leases last 15 s append 7,700 beats an hour, of
+some 70 bytes; a summary replaces them, so that no more than some 2,000 entries are kept.
 """
 
 from __future__ import annotations

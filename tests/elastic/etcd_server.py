@@ -364,7 +364,7 @@ def grpc_kept() -> Iterator[None]:
     grpc.aio.shutdown_grpc_aio()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def etcd() -> Iterator[EtcdCluster]:
     """One member for all tests of the session; each test has keys of its own.
 

@@ -31,7 +31,7 @@ from tests.elastic.etcd_server import EtcdCluster, etcd, grpc_kept, not_installe
 
 pytest.importorskip("aetcd", reason="the extra etcd is not installed")
 
-from asupervise.elastic.rendezvous.etcd import EtcdConfig, EtcdEngine
+from asupervise.elastic.rendezvous.etcd_engine import EtcdConfig, EtcdEngine
 
 pytestmark = pytest.mark.skipif(not_installed() is not None, reason=not_installed() or "")
 
@@ -498,7 +498,7 @@ def test_a_program_that_uses_it_ends_silently(run: Prefixed) -> None:
     program = """
 import asyncio, sys
 from asupervise.elastic.engine import Put
-from asupervise.elastic.rendezvous.etcd import EtcdConfig, EtcdEngine
+from asupervise.elastic.rendezvous.etcd_engine import EtcdConfig, EtcdEngine
 
 async def main():
     engine = await EtcdEngine.open(EtcdConfig((sys.argv[1],), sys.argv[2]))

@@ -25,7 +25,7 @@ from tests.elastic.etcd_server import (
 
 pytest.importorskip("aetcd", reason="the extra etcd is not installed")
 
-from asupervise.elastic.rendezvous.etcd import EtcdConfig, EtcdEngine
+from asupervise.elastic.rendezvous.etcd_engine import EtcdConfig, EtcdEngine
 
 pytestmark = pytest.mark.skipif(not_installed() is not None, reason=not_installed() or "")
 

@@ -21,8 +21,14 @@ from asupervise import (
     Zygote,
     launch,
 )
-from asupervise.elastic.records import Round
+from asupervise.elastic.agent import Hooks
+from asupervise.elastic.blueprint import Blueprint
+from asupervise.elastic.decide import Policy
+from asupervise.elastic.node import this_node
+from asupervise.elastic.records import Round, Terms
+from asupervise.elastic.rendezvous import Request
 from asupervise.elastic.rendezvous.static import StaticRendezvous
+from asupervise.elastic.running import run
 from tests.elastic.launch_workers import failing_until, who_and_what
 from tests.workers import READY, SH, SLEEP, STUBBORN, Channel, settle, start
 
@@ -45,6 +51,20 @@ def channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Channel
     monkeypatch.setenv("CHANNEL", str(channel.path))
     yield channel
     channel.close()
+
+
+@pytest.fixture
+def delays(monkeypatch: pytest.MonkeyPatch) -> asyncio.Queue[float]:
+    """The wait before each group, as it begins."""
+    told: asyncio.Queue[float] = asyncio.Queue()
+    join = StaticRendezvous.join
+
+    async def telling(self: StaticRendezvous, port: int) -> Round:
+        told.put_nowait(self._round.delay_s)
+        return await join(self, port)
+
+    monkeypatch.setattr(StaticRendezvous, "join", telling)
+    return told
 
 
 def config(nproc: int = 1, **changes: Any) -> LaunchConfig:
@@ -155,9 +175,9 @@ async def test_each_attempt_has_its_logs_in_one_folder(tmp_path: Path) -> None:
                                 run_id="job"), SH, program)  # fmt: skip
     runs = list((tmp_path / "logs").iterdir())
     assert len(runs) == 2
-    for run in runs:
-        assert run.name.startswith("job_")
-        said = {log.parent.parent.name: log.read_text() for log in run.glob("*/0/stdout.log")}
+    for folder in runs:
+        assert folder.name.startswith("job_")
+        said = {log.parent.parent.name: log.read_text() for log in folder.glob("*/0/stdout.log")}
         assert said == {f"attempt_{n}": f"attempt {n} of 2\n" for n in range(3)}
 
 
@@ -261,16 +281,8 @@ async def test_cancelled_while_it_ends(channel: Channel) -> None:
     await cancelled(job)
 
 
-async def test_cancelled_before_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelled_before_a_restart(delays: asyncio.Queue[float]) -> None:
     """In the wait before it: no further attempt begins."""
-    delays: asyncio.Queue[float] = asyncio.Queue()
-    join = StaticRendezvous.join
-
-    async def told(self: StaticRendezvous, port: int) -> Round:
-        delays.put_nowait(self._round.delay_s)
-        return await join(self, port)
-
-    monkeypatch.setattr(StaticRendezvous, "join", told)
     long = config(1, max_restarts=1, restart_backoff=1000.0, restart_backoff_max=1000.0)
     job = asyncio.create_task(launch(long, SH, "exit 3"))
     assert await delays.get() == 0
@@ -328,3 +340,24 @@ async def test_a_failure_at_once_is_not_missed() -> None:
     async with start(None, "exit 4", *["exec sleep 1000"] * 3) as ctx:
         await asyncio.wait_for(ctx.wait(), 30)
         assert await ctx.wait_failing() == 0
+
+
+# --- being told to leave --------------------------------------------------------------------------
+
+
+async def test_a_node_that_is_to_leave_waits_for_no_restart(delays: asyncio.Queue[float]) -> None:
+    node = this_node(1)
+    policy = Policy(min_uptime_s=0, backoff_s=1000.0, backoff_max_s=1000.0)
+    request = Request("run", node, Terms(1, 1, max_restarts=1), policy)
+    blueprint = Blueprint(1, "run", "t", SH, ("exit 3",))
+    stop = asyncio.Event()
+    job = asyncio.create_task(run(blueprint, "static", request, Hooks(stop=stop)))
+    assert await delays.get() == 0
+    assert await delays.get() >= 500
+    await settle()
+    assert not job.done()
+    stop.set()
+    outcome = await asyncio.wait_for(job, 10)
+    assert outcome.stopped
+    assert outcome.result is not None
+    assert outcome.result.failures[0].exitcode == 3

@@ -1,6 +1,6 @@
 """Several nodes on this machine, as processes of the command line, that agree through a real etcd.
 
-To start a node takes 0.3 s of a CPU (gRPC is most of it), so the tests go a longer way with few.
+To start a node takes 0.3 s of a CPU (half of it gRPC), so the tests go a longer way with few.
 """
 
 from __future__ import annotations

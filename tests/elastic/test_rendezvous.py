@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import os
+import re
 import secrets
+import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,6 +25,7 @@ from asupervise.elastic.engine import Delete, Engine, EngineError, Put
 from asupervise.elastic.interruption import Interruption
 from asupervise.elastic.log_engine import LogEngine, Reader
 from asupervise.elastic.records import Culprit, Node, RecordError, Round, Terms
+from asupervise.elastic.rendezvous import Request, c10d, static
 from asupervise.elastic.store_log import StoreLog
 from tests.elastic.etcd_server import EtcdCluster, etcd, etcd_cluster, not_installed
 from tests.elastic.memory_engine import MemoryEngines
@@ -96,7 +101,7 @@ class EtcdBackend:
         self._prefix = f"/tests/{secrets.token_hex(8)}/"
 
     async def engine(self) -> Engine:
-        from asupervise.elastic.rendezvous.etcd import EtcdConfig, EtcdEngine
+        from asupervise.elastic.rendezvous.etcd_engine import EtcdConfig, EtcdEngine
 
         return await EtcdEngine.open(
             EtcdConfig(self._cluster.endpoints, self._prefix, lease_s=self.lease_s, timeout_s=10.0)
@@ -112,11 +117,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[EtcdCluster | None]:
     if not_installed() or importlib.util.find_spec("aetcd") is None:
         yield None
         return
-    import grpc
-
-    # As long as there is a channel gRPC keeps its pollers, and does not make others in each test.
-    with grpc.insecure_channel("127.0.0.1:1"):
-        yield request.getfixturevalue("etcd")
+    yield request.getfixturevalue("etcd")
 
 
 @pytest.fixture
@@ -124,6 +125,7 @@ def closed_files(cluster: EtcdCluster | None) -> Iterator[None]:
     """gRPC closes connections in threads of its own, and tells nobody when it has."""
     before = open_files()
     yield
+    gc.collect()
     deadline = time.monotonic() + 5.0
     while open_files() - before and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -781,3 +783,103 @@ async def test_who_waits_behind_a_cut_link_gives_up_in_the_end() -> None:
         with pytest.raises(EngineError, match=r"^the log in memory does not answer"):
             await joining
         backend.engines.heal(one.engine)
+
+
+# --- nodes that do not talk -----------------------------------------------------------------------
+
+
+def static_request(rank: int, terms: Terms, **more: Any) -> Request:
+    node = Node("", f"host-{rank}", f"10.0.0.{rank}", 2, node_rank=rank)
+    return Request("job", node, terms, QUICK, master_addr="10.0.0.0", **more)
+
+
+async def test_static_nodes_find_the_same_round_without_a_word() -> None:
+    terms = Terms(3, 3)
+    rounds = []
+    for rank in range(3):
+        async with static.open(static_request(rank, terms, master_port=29500)) as one:
+            rounds.append(await soon(one.join(0)))
+            assert rounds[-1].group_rank(one.node.id) == rank
+    for round in rounds:
+        assert (round.state, round.master_port, round.world_size) == ("running", 29500, 6)
+        assert round.members[0].address == "10.0.0.0"
+        assert [round.first_rank(place) for place in range(3)] == [0, 2, 4]
+
+
+async def test_static_nodes_count_restarts_for_themselves() -> None:
+    async with static.open(static_request(0, Terms(1, 1, max_restarts=1))) as one:
+        for restarts in range(2):
+            round = await soon(one.join(7))
+            assert (round.state, round.number, round.restarts) == ("running", restarts, restarts)
+            await one.failing(Culprit(one.node.id, round.number, 1, uptime_s=60.0))
+            await one.ended("failed")
+        over = await soon(one.join(7))
+        assert (over.state, over.succeeded, over.culprit.rank) == ("over", False, 1)
+
+
+async def test_static_nodes_are_told_of_their_own_success() -> None:
+    async with static.open(static_request(0, Terms(1, 1))) as one:
+        await soon(one.join(7))
+        await one.ended("succeeded")
+        assert (await soon(one.join(7))).succeeded
+
+
+# --- c10d, as far as it goes without torch --------------------------------------------------------
+
+
+def c10d_request(endpoint: str = "", **conf: str) -> Request:
+    return Request("job", Node("a", "a", "", 1), Terms(1, 2), QUICK, endpoint, conf)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "host", "port"),
+    [
+        ("", "localhost", 29400),
+        ("node7", "node7", 29400),
+        ("node7:1234", "node7", 1234),
+        ("10.1.2.3:0", "10.1.2.3", 0),
+        ("[::1]", "::1", 29400),
+        ("[::1]:5", "::1", 5),
+    ],
+)
+def test_c10d_knows_torchs_endpoints(endpoint: str, host: str, port: int) -> None:
+    options = c10d.C10dOptions.of(c10d_request(endpoint))
+    assert (options.host, options.port) == (host, port)
+    assert (options.is_host, options.read_timeout_s, options.lease_s) == (None, 60.0, 15.0)
+
+
+def test_c10d_knows_torchs_pairs() -> None:
+    conf = {"is_host": "1", "read_timeout": "5", "keep_alive_interval": "2", "store_type": "tcp"}
+    conf |= {"keep_alive_max_attempt": "4", "join_timeout": "9", "close_timeout": "9"}
+    options = c10d.C10dOptions.of(c10d_request(**conf))
+    assert (options.is_host, options.read_timeout_s, options.lease_s) == (True, 5.0, 8.0)
+    assert c10d.C10dOptions.of(c10d_request(is_host="no", lease_ttl="3")).lease_s == 3.0
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "conf", "said"),
+    [
+        ("host:port", {}, "--rdzv-endpoint=host:port: HOST:PORT is expected"),
+        ("host:70000", {}, "PORT below 65536"),
+        ("", {"is_host": "perhaps"}, "is_host=perhaps: true or false is expected"),
+        ("", {"read_timeout": "0"}, "read_timeout=0: expected more than 0"),
+        ("", {"store_type": "file"}, "store_type=file: tcp is known"),
+        ("", {"colour": "blue"}, "colour: not known to the c10d backend"),
+    ],
+)
+def test_c10d_refuses_what_cannot_be(endpoint: str, conf: dict[str, str], said: str) -> None:
+    with pytest.raises(EngineError, match=re.escape(said)):
+        c10d.C10dOptions.of(c10d_request(endpoint, **conf))
+
+
+async def test_c10d_without_torch_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(EngineError, match="torch cannot be imported") as caught:
+        await c10d.open(c10d_request()).__aenter__()
+    assert caught.value.hint == "pip install torch, or use etcd: --rdzv-backend=etcd"
+
+
+def test_our_own_names_and_addresses_are_known() -> None:
+    assert all(map(c10d._is_ours, ["localhost", "127.0.0.1", "::1", socket.gethostname()]))
+    # TEST-NET-3 is nobody's.
+    assert not c10d._is_ours("203.0.113.7")

@@ -482,6 +482,7 @@ async def test_a_summary_stands_for_what_is_removed() -> None:
     async with opened(store) as (log, heard):
         for number in range(1, 2101):
             await log.append(str(number))
+        await heard.wait_for(*map(str, range(1, 2101)))
         await log.summarise(2050, "all until 2050")
         await log.summarise(2000, "an older one that comes later")
         assert sum(key.startswith("p/log/") for key in store.keys) == 2100 - 1050

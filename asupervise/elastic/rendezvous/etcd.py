@@ -10,7 +10,7 @@ from typing import Final
 from asupervise.elastic.coordinator import Coordinator
 from asupervise.elastic.engine import EngineError
 from asupervise.elastic.rendezvous import Request
-from asupervise.elastic.rendezvous.etcd import EtcdConfig, EtcdEngine
+from asupervise.elastic.rendezvous.etcd_engine import EtcdConfig, EtcdEngine
 from asupervise.elastic.values import seconds_of
 
 __all__ = ["config_of", "open"]

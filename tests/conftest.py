@@ -15,6 +15,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A machine with much else to do is slow, and no test is about that.
+settings.register_profile("asupervise", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("asupervise")
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC = Path("/proc")

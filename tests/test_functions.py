@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import multiprocessing
+import operator
 import os
 import re
 import shutil
@@ -798,7 +799,7 @@ async def test_no_threads_and_no_descriptors_are_added(method: str, channel: Cha
     path = str(channel.path)
     async with start(workers.ready_then_sleep, *((path, rank) for rank in range(6)), method=method):
         await channel.pids(6)
-        assert count_threads() == before
+        assert all(map(operator.le, count_threads(), before))
 
 
 # --- stacks and hangs -----------------------------------------------------------------------------

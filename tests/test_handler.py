@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import operator
 import os
 import resource
 import signal
@@ -400,7 +401,8 @@ def test_no_thread_and_no_trace_in_the_policy() -> None:
         policy = asyncio.get_event_loop_policy()
         before = count_threads()
         handlers = [await begin("exec sleep 1000") for _ in range(20)]
-        assert count_threads() == before
+        # One of an earlier test may end meanwhile.
+        assert all(map(operator.le, count_threads(), before))
         assert asyncio.get_event_loop_policy() is policy
         for handler in handlers:
             handler.close(signal.SIGKILL)

@@ -425,7 +425,7 @@ async def test_silent_workers_cost_no_thread_and_no_task(
         async with asyncio.timeout(CEILING_S):
             for _ in range(16):
                 await watched.acquire()
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
         assert not [task for task in asyncio.all_tasks() if "Tailer" in repr(task)]
         await ctx.close()
     assert not [thread for thread in threading.enumerate() if "asupervise-logs" in thread.name]

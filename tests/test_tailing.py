@@ -231,7 +231,7 @@ async def test_a_silent_file_costs_no_task_and_no_thread(log: Path, way: str) ->
         os.utime(log)
         assert await files.finish() == b""
         assert files.tasks == {}
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
 
 
 async def test_a_closed_tailer_holds_nothing(log: Path, way: str) -> None:

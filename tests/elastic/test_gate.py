@@ -183,7 +183,7 @@ async def test_without_anything_to_wait_for_it_takes_no_time_and_no_thread() -> 
     for _ in range(1000):
         await passed(gate)
     assert (time.perf_counter() - started) / 1000 < 0.001
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 def test_without_a_driver_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

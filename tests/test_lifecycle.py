@@ -726,7 +726,8 @@ def test_a_program_that_does_not_start_leaves_nothing(
         before = state()
         await fail()
         await settle()
-        assert state() == before
+        # Less is no leak: what an earlier test has used may be let go of meanwhile.
+        assert all(map(operator.le, state(), before))
 
     def state() -> tuple[object, ...]:
         return len(asyncio.all_tasks()), count_threads(), len(os.listdir("/proc/self/fd"))

@@ -71,8 +71,11 @@ class Log(Protocol):
     async def summarise(self, index: int, summary: str) -> None:
         """Put this in the place of the entries until the `index`-th, in time."""
 
-    async def close(self) -> None:
-        """Let go of it."""
+    async def close(self, last: str | None = None) -> None:
+        """Let go of it, after a last entry where there is one.
+
+        Whoever keeps the log may end as soon as that entry is read, so nothing is asked of it then.
+        """
 
 
 class LogEngine:
@@ -198,13 +201,14 @@ class LogEngine:
 
     async def close(self) -> None:
         await self._stop_keeping()
-        await self._give_back()
         tasks, self._tasks = self._tasks, set()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self.fail(EngineError(f"{self._the_log.name}: this connection is closed"))
-        await self._the_log.close()
+        name, self._lease = self._lease, ""
+        # Otherwise the lease ends by itself, later.
+        await self._the_log.close(Command("end", lease=name).text() if name else None)
 
     # --- the lease ---------------------------------------------------------------------------
 

@@ -155,6 +155,7 @@ class StoreLog:
         self._identity = ""
         self._read = 0
         self._written = 0
+        self._last: str | None = None
         self._reading: _Line | None = None
         self._writing: _Line | None = None
         self._lines: set[_Line] = set()
@@ -258,7 +259,7 @@ class StoreLog:
                 line = await self._reading_line()
                 if not self._online.is_set():
                     await self._greet(line)
-                await self._read_from(line)
+                return await self._read_from(line)
             except (EngineError, RuntimeError, OSError):
                 # Another connection is tried for as long as anybody wants to know; who waits for an
                 # answer has a limit of its own.
@@ -310,6 +311,7 @@ class StoreLog:
         return True
 
     async def _read_from(self, line: _Line) -> None:
+        """Read until the last entry, or an error."""
         while True:
             text = await line.call(partial(self._got, index=self._read + 1))
             # What has come in the place of an entry may have come in the place of one that was
@@ -319,6 +321,8 @@ class StoreLog:
             self._read += 1
             self._reader.receive(text)
             self._tell()
+            if text == self._last:
+                return
 
     def _got(self, store: Store, index: int) -> str:
         # Blocks until it is there. It has a time limit of its own, for a store that is gone.
@@ -356,15 +360,22 @@ class StoreLog:
         news, self._news = self._news, asyncio.Event()
         news.set()
 
-    async def close(self) -> None:
+    async def close(self, last: str | None = None) -> None:
+        """Let go of it. See :meth:`Log.close`.
+
+        The thread that reads waits in the store for the next entry, so there has to be one for it
+        to end; and with that it is to end. torch fills the console with its stacks when a store
+        goes while somebody waits in it, or writes to it.
+        """
+        self._last = last or NOTHING
+        if self._online.is_set() and self._tasks:
+            with contextlib.suppress(EngineError, TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._write(partial(self._appended, text=self._last))
+                    await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        # An entry, so that our own reading wakes.
-        if self._online.is_set():
-            with contextlib.suppress(EngineError, TimeoutError):
-                async with asyncio.timeout(1.0):
-                    await self._write(lambda store: self._appended(store, NOTHING))
         for line in self._lines:
             line.end()
         for line in self._lines:

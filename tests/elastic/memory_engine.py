@@ -35,7 +35,9 @@ class MemoryLog:
     async def summarise(self, index: int, summary: str) -> None:
         self._shared.summaries.append((index, summary))
 
-    async def close(self) -> None:
+    async def close(self, last: str | None = None) -> None:
+        if last is not None and self._link.is_set():
+            self._shared.append(last)
         self._shared.logs.discard(self)
 
     def pump(self) -> None:

@@ -529,3 +529,28 @@ async def test_engines_agree_in_a_store(monkeypatch: pytest.MonkeyPatch) -> None
     assert "p/summary" in store.keys
     for engine in itertools.chain(engines, [late]):
         await engine.close()
+
+
+async def test_nothing_is_asked_of_the_store_behind_the_end_of_the_last_lease() -> None:
+    """Whoever hosts it goes when no lease is left; torch complains of a call that this cuts."""
+    store = MemoryStore()
+    after_end: list[str] = []
+
+    def note(name: str, key: str) -> None:
+        ends = [known for known, text in store.keys.items() if '"do":"end"' in text]
+        # It has been waited for in the store since before.
+        if ends and (name, key) != ("get", ends[0]):
+            after_end.append(f"{name} {key}")
+
+    engine = await LogEngine.open(
+        lambda reader: StoreLog.open(
+            "the store", "p/", store.connect, store.reachable, 0.2, reader
+        ),
+        lease_s=5.0,
+        timeout_s=PATIENCE_S,
+    )  # fmt: skip
+    await engine.commit([], [Put("k", "v", leased=True)])
+    store.before = note
+    await engine.close()
+    assert any('"do":"end"' in text for text in store.keys.values())
+    assert after_end == []

@@ -59,10 +59,11 @@ define have
 	echo "note: could not install$$missing here; the tests that run it will be skipped" >&2
 endef
 
-# Binding is applied by numactl, or by taskset (util-linux); nodes agree through etcd. The tests
-# run them all for real.
+# Binding is applied by numactl, or by taskset (util-linux); nodes agree through etcd; pages are
+# looked at in Chromium. The tests run them all for real.
 system-packages:
 	$(call have,numactl numactl taskset util-linux etcd etcd-server openssl openssl)
+	$(call have,chromium chromium)
 
 cluster-packages: system-packages
 	$(call have,ip iproute2 slurmctld slurmctld slurmd slurmd srun slurm-client munged munge)

@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.browser import browser, open_page, page, pictures  # noqa: F401 (fixtures)
+
 # A machine with much else to do is slow, and no test is about that.
 settings.register_profile("asupervise", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("asupervise")

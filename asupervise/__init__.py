@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from asupervise.binding import AffinityMode as AffinityMode
     from asupervise.binding import MemoryPolicy as MemoryPolicy
     from asupervise.binding import NumaOptions as NumaOptions
+    from asupervise.bus import EventBus as EventBus
+    from asupervise.bus import Subscription as Subscription
     from asupervise.elastic.config import LaunchConfig as LaunchConfig
     from asupervise.elastic.launching import RunError as RunError
     from asupervise.elastic.launching import launch as launch
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from asupervise.topology import Topology as Topology
     from asupervise.topology import read_topology as read_topology
     from asupervise.worker import heartbeat as heartbeat
+    from asupervise.worker import progress as progress
 
 __version__ = "0.1.0"
 
@@ -76,6 +79,7 @@ _HOMES = {
     "ChildFailedError": "result",
     "DefaultLogsSpecs": "logs",
     "ErrorHandler": "error_handler",
+    "EventBus": "bus",
     "GroupPlan": "plan",
     "LaunchConfig": "elastic.config",
     "LogsDest": "logs",
@@ -93,6 +97,7 @@ _HOMES = {
     "SignalException": "errors",
     "Std": "logs",
     "SubprocessHandler": "handler",
+    "Subscription": "bus",
     "SupervisorError": "errors",
     "Topology": "topology",
     "WorkerPlan": "plan",
@@ -104,6 +109,7 @@ _HOMES = {
     "heartbeat": "worker",
     "launch": "elastic.launching",
     "plan_processes": "procs",
+    "progress": "worker",
     "rank_environments": "environ",
     "read_topology": "topology",
     "record": "error_handler",

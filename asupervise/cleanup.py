@@ -76,6 +76,7 @@ class Cleanup:
             our child and not ours by other means is one, whatever it did to its environment.
         before_kill: awaited, for a bounded time, when the grace is over and a worker still
             runs; not where there was no grace, or somebody is in a hurry.
+        on_signal: told which signal went to which local ranks, those that still ran.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class Cleanup:
         leaders: Sequence[tuple[int, int]] = (),
         adopts: Callable[[int], bool] | None = None,
         before_kill: Callable[[], Awaitable[None]] | None = None,
+        on_signal: Callable[[int, Sequence[int]], None] = lambda _sig, _ranks: None,
     ) -> None:
+        self._on_signal = on_signal
         self._token = token.encode()
         self._leaders = leaders
         self._adopts = adopts
@@ -112,6 +115,7 @@ class Cleanup:
     def forget_owner(self) -> None:
         """Everything has ended: nobody is asked any more (see `Diagnosis.forget_owner`)."""
         self._adopts = self._before_kill = None
+        self._on_signal = lambda _sig, _ranks: None
 
     def note_forks(self) -> None:
         """To be called once, soon after the start, of a group that goes on: see `Newcomers`."""
@@ -191,6 +195,8 @@ class Cleanup:
 
     def _signal_groups(self, sig: int) -> None:
         self._signal = sig
+        if running := [handler.local_rank for handler in self._handlers if handler.running]:
+            self._on_signal(sig, running)
         self._tell(lambda handler: handler.close(sig, resume=False))
         if sig != signal.SIGKILL:
             # Hardly ever is anybody stopped, and most are gone in a moment: nobody waits for

@@ -143,10 +143,11 @@ async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], 
 
 
 def _tell_round(round: Round) -> None:
-    if round.number and round.state == "running":
+    if round.number and round.state != "over":
         culprit = round.culprit
         how = f", exit code {culprit.exitcode}" if culprit is not None else ""
-        _say(f"asupervise: {round.why}{how}")
+        when = f", in {round.delay_s:.1f} s" if round.delay_s else ""
+        _say(f"asupervise: {round.why}{how}{when}")
 
 
 def _tell_restart(

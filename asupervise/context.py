@@ -12,23 +12,28 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 from asupervise import cgroups, collect, files, procfs
 from asupervise._compat import Exit
+from asupervise.bus import EventBus, Subscription
 from asupervise.cleanup import Cleanup, Survivor
 from asupervise.diagnosis import Diagnosis
 from asupervise.errors import NotPermittedError
 from asupervise.guardian import Guardian, guarded
 from asupervise.handler import SubprocessHandler
 from asupervise.plan import GroupPlan
+from asupervise.recording import Recorder
 from asupervise.result import RunProcsResult
 from asupervise.shielding import finished_in_any_case, run_in_any_case
 from asupervise.spec import DEFAULT_SHUTDOWN_TIMEOUT_S, RunOptions, check_timeout, checked_signal
 from asupervise.subreaper import subreaping
+from asupervise.telling import GroupTeller
 from asupervise.work import ProgramWork, Work
 
 if TYPE_CHECKING:
+    from asupervise.pulses import Pulses
     from asupervise.stacks import Stack
     from asupervise.streaming import LogStreams
 
@@ -50,7 +55,14 @@ class PContext:
         survivors: processes that could not be ended, a sentence each; known at the end.
     """
 
-    def __init__(self, plan: GroupPlan, options: RunOptions, work: Work | None = None) -> None:
+    def __init__(
+        self,
+        plan: GroupPlan,
+        options: RunOptions,
+        work: Work | None = None,
+        *,
+        events: EventBus | None = None,
+    ) -> None:
         self.plan = plan
         self.name = plan.name
         self.nprocs = plan.nprocs
@@ -63,8 +75,13 @@ class PContext:
         self._work: Work = work or ProgramWork()
         self._handlers: dict[int, SubprocessHandler] = {}
         self._exited = 0
+        self._bus = EventBus(parent=events)
+        self._teller = self._told_by()
+        self._pulses: Pulses | None = None
+        self._recorder = Recorder(self._bus)
         self._diagnosis = Diagnosis(
             self._handlers,
+            teller=self._teller,
             sample_interval_s=options.memory_sample_interval_s,
             hang_timeout_s=options.hang_timeout_s,
             end_group=self._end_hanging,
@@ -74,6 +91,7 @@ class PContext:
             plan.token,
             adopts=self._is_stranger if options.subreaper else None,
             before_kill=self._diagnosis.before_kill,
+            on_signal=self._teller.ending,
         )
         self._ending = asyncio.Event()
         self._end_signal = int(signal.SIGTERM)
@@ -167,10 +185,30 @@ class PContext:
         known = [worker.local_rank for worker in self.plan.workers]
         if unknown := sorted(set(chosen) - set(known)):
             raise ValueError(f"ranks: no local ranks {unknown}: expected {known[0]}..{known[-1]}")
-        for rank in chosen:
-            handler = self._handlers.get(rank)
-            if handler is not None and handler.running:
-                handler.send_signal(sig)
+        running = [h for r in chosen if (h := self._handlers.get(r)) is not None and h.running]
+        for handler in running:
+            handler.send_signal(sig)
+        self._teller.signal_sent(sig, [handler.local_rank for handler in running])
+
+    def events(self, maxsize: int = 1024) -> Subscription:
+        """What happens in the group, from its start, as values of :mod:`asupervise.events`.
+
+        Any number of consumers; each gets all of it, and may take its time: where more than
+        `maxsize` events wait for it, the oldest `Heartbeat`, `Progress` or `ResourceSample` is
+        dropped, else the oldest event, and counted in ``dropped``. It ends after `GroupEnded`.
+
+        Args:
+            maxsize: how many may wait.
+
+        Raises:
+            ValueError: for a `maxsize` below 1.
+
+        Example::
+
+            async for event in ctx.events():
+                print(event.kind, event.as_dict())
+        """
+        return self._bus.subscribe(maxsize)
 
     async def dump_stacks(self) -> dict[int, Stack]:
         """Where each running worker is, by local rank; also in ``<local_rank>/stacks.txt``.
@@ -242,6 +280,7 @@ class PContext:
 
     def _on_exit(self, handler: SubprocessHandler, exit: Exit) -> None:
         self._exited += 1
+        self._teller.worker_exited(handler, exit, self._diagnosis.peak(handler, exit))
         if self._streams is not None:
             self._stop_watching(handler, self._streams)
         self._diagnosis.on_exit(handler, exit)
@@ -259,6 +298,7 @@ class PContext:
 
     async def _live(self) -> RunProcsResult:
         warnings = list(self.plan.warnings)
+        self._teller.starting()
         try:
             files.make_folders(self.plan)
             if self._options.subreaper:
@@ -278,20 +318,38 @@ class PContext:
                 faulty=self._diagnosis.faulty,
                 work=self._work,
             )
+            self._teller.ended(result)
+            result = await self._recorded(result)
         except asyncio.CancelledError:
             self._started.cancel()
             raise
         except BaseException as exc:
             if self._started.done():
                 raise
+            self._teller.not_started(exc)
             # Whoever waits for the start gets the error; `wait` has nothing to say beyond it.
             self._started.set_exception(exc)
             await files.remove_run_folder(self.plan)
             return RunProcsResult()
         finally:
+            self._bus.close()
             self._diagnosis.forget_owner()
             self._cleanup.forget_owner()
         return result
+
+    def _told_by(self) -> GroupTeller:
+        return GroupTeller(self._bus, self.plan)
+
+    async def _recorded(self, result: RunProcsResult) -> RunProcsResult:
+        problem = await self._recorder.finish()
+        return replace(result, warnings=(*result.warnings, problem)) if problem else result
+
+    def _feel_pulses(self) -> None:
+        """Somebody wants to know of first output, heartbeats and progress."""
+        from asupervise.pulses import Pulses
+
+        self._pulses = Pulses(self._teller, self._handlers)
+        self._pulses.begin()
 
     def _prepared(self, warnings: list[str]) -> AbstractAsyncContextManager[None]:
         cgroup = self._cleanup.cgroup
@@ -326,9 +384,13 @@ class PContext:
                     await self._start_workers()
                 stack.callback(self._settle_soon(guardian).cancel)
                 self._diagnosis.start()
+                self._bus.when_listened(self._feel_pulses)
+                if self._options.report:
+                    self._recorder.attend(self.plan.logs)
                 self._started.set_result(None)
                 await self._ending.wait()
             finally:
+                self._bus.forget(self._feel_pulses)
                 # For every way to get here: the end that was asked for, a worker that did not
                 # start, this task being cancelled because the loop is shutting down.
                 survivors = await run_in_any_case(self._end)
@@ -370,6 +432,7 @@ class PContext:
                 on_exit=self._on_exit,
                 launch=self._work.launch,
             )
+            self._teller.worker_started(handler)
             if self._streams is not None:
                 self._streams.follow(worker)
                 if handler.exit is not None:
@@ -381,6 +444,8 @@ class PContext:
         handlers = list(self._handlers.values())
         await self._diagnosis.group_ends()
         survivors = await self._cleanup.run(handlers, self._end_signal, self._end_grace_s)
+        if self._pulses is not None:
+            await self._pulses.end()
         if self._cleanup.cgroup is not None:
             self._cleanup.cgroup.remove()
         for handler in handlers:

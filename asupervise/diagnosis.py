@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from asupervise.handler import SubprocessHandler
 if TYPE_CHECKING:
     from asupervise import stacks
     from asupervise.hang import HangDetector
+    from asupervise.telling import GroupTeller
 
 # When workers are first looked at. Not at once: a group that is over sooner pays nothing.
 FIRST_LOOK_S: Final = 0.05
@@ -23,6 +25,7 @@ _STACKS_EXPLAIN_S: Final = 60.0
 # How long to wait for what is still being found out when the group ends.
 _LAST_WORDS_S: Final = 3.0
 _COUNTING_SLACK_BYTES: Final = 4 << 20
+_TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _BY_SIGKILL: Final = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
@@ -31,6 +34,7 @@ class Diagnosis:
 
     Args:
         handlers: its workers by local rank, filled while they are started.
+        teller: who is told what is found out.
         sample_interval_s: seconds between looks at their memory; 0 for never.
         hang_timeout_s: seconds without a sign of life that count as a hang; None for never.
         end_group: called when a hang has been found and the stacks have been taken.
@@ -41,12 +45,14 @@ class Diagnosis:
         self,
         handlers: Mapping[int, SubprocessHandler],
         *,
+        teller: GroupTeller,
         sample_interval_s: float,
         hang_timeout_s: float | None,
         end_group: Callable[[], None],
         on_helper: Callable[[int], None],
     ) -> None:
         self._handlers = handlers
+        self._teller = teller
         self._hang_timeout_s = hang_timeout_s
         self._end_group = end_group
         self._on_helper = on_helper
@@ -120,8 +126,8 @@ class Diagnosis:
 
     # --- memory -----------------------------------------------------------------------------
 
-    def _running_pids(self) -> list[int]:
-        return [handler.pid for handler in self._handlers.values() if handler.running]
+    def _running(self) -> list[SubprocessHandler]:
+        return [handler for handler in self._handlers.values() if handler.running]
 
     def _first_look(self) -> None:
         ours = memory.memory_of("self")
@@ -133,7 +139,10 @@ class Diagnosis:
     def _look_at_memory(self) -> None:
         groups = dict(self._before.groups)
         folders: dict[str, str | None] = {}  # most workers are in the same
-        for pid in self._running_pids():
+        # Who is not asked for the CPU time reads one file less for each worker.
+        tells = self._samples and self._teller.bus.has_listeners
+        for handler in self._running():
+            pid = handler.pid
             text = memory.cgroup_text(pid)
             used = memory.memory_of(pid)
             if used is None:
@@ -141,6 +150,8 @@ class Diagnosis:
                 continue
             if self._samples:
                 self._used[pid] = used
+            if tells and (entry := procfs.read_entry(pid)) is not None:
+                self._teller.sampled(handler, used, entry.cpu_ticks * _TICK_S)
             if text not in folders:
                 folders[text] = memory.folder_of(text)
             if folder := folders[text]:
@@ -149,7 +160,7 @@ class Diagnosis:
                     groups[folder] = group
         self._before = memory.OomCounts(groups, self._before.machine)
 
-    def _peak(self, handler: SubprocessHandler, exit: Exit) -> int | None:
+    def peak(self, handler: SubprocessHandler, exit: Exit) -> int | None:
         """The largest of what was seen and of what the kernel says at the end.
 
         What the kernel says counts from the fork, when the child still had our memory: unless it
@@ -186,6 +197,7 @@ class Diagnosis:
         found = await stacks.dump(list(self._handlers.values()), self._on_helper)
         now_s = time.monotonic()  # the clock of exits, unlike uvloop's own
         self._stacks.update({rank: (now_s, stack) for rank, stack in found.items()})
+        self._teller.stacks_dumped(found)
         return found
 
     async def before_kill(self) -> None:
@@ -243,7 +255,7 @@ class Diagnosis:
         rank = handler.local_rank
         used = self._used.get(handler.pid)
         details: dict[str, Any] = {
-            "peak_rss_bytes": self._peak(handler, exit),
+            "peak_rss_bytes": self.peak(handler, exit),
             "last_rss_bytes": used.last if used else None,
             "stack": self._stack_near_end(rank, exit),
             "cause": self._cause(handler, exit),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from asupervise.logs import LogsDest, line_prefixes
 from asupervise.spec import GroupSpec, check_ranks
-from asupervise.worker import HEARTBEAT_VARIABLE, STACKS_VARIABLE
+from asupervise.worker import HEARTBEAT_VARIABLE, PROGRESS_VARIABLE, STACKS_VARIABLE
 
 if TYPE_CHECKING:
     from asupervise.binding import BindingTools, RankBinding
@@ -131,6 +131,7 @@ def _plan_worker(
         folder = os.path.dirname(env[ERROR_FILE_VARIABLE])
         env[STACKS_VARIABLE] = os.path.join(folder, "stacks.txt")
         env[HEARTBEAT_VARIABLE] = os.path.join(folder, "heartbeat")
+        env[PROGRESS_VARIABLE] = os.path.join(folder, "progress")
     if token:
         env[TOKEN_VARIABLE] = token
     return WorkerPlan(

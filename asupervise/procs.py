@@ -22,6 +22,7 @@ from asupervise.work import work_of
 
 if TYPE_CHECKING:
     from asupervise.binding import NumaOptions
+    from asupervise.bus import EventBus
     from asupervise.functions.zygote import Zygote
 
 __all__ = ["PContext", "StartingProcesses", "plan_processes", "start_processes"]
@@ -47,6 +48,8 @@ def start_processes(
     subreaper: bool = False,
     hang_timeout: float | None = None,
     memory_sample_interval: float = DEFAULT_MEMORY_SAMPLE_INTERVAL_S,
+    events: EventBus | None = None,
+    report: bool = True,
 ) -> StartingProcesses:
     """Start one process a local rank, each in its own session.
 
@@ -94,6 +97,10 @@ def start_processes(
             workers are taken and the group fails with the hang as its cause; None for never.
         memory_sample_interval: seconds between looks at the workers' memory, which a report of a
             death by SIGKILL tells; 0 turns it off.
+        events: a bus that is told what happens, besides ``ctx.events()``: for one that carries
+            several groups. It stays open.
+        report: whether ``events.jsonl`` and ``report.html`` are left in the run's folder, if that
+            stays: one that `logs_specs` name, or a temporary one after a failure.
 
     Returns:
         An object to ``await`` or to use in ``async with``; both give a :class:`PContext`.
@@ -119,8 +126,9 @@ def start_processes(
         subreaper=subreaper,
         hang_timeout_s=hang_timeout,
         memory_sample_interval_s=memory_sample_interval,
+        report=report,
     )
-    return StartingProcesses(spec, numa_options, options)
+    return StartingProcesses(spec, numa_options, options, events)
 
 
 def plan_processes(
@@ -143,6 +151,8 @@ def plan_processes(
     subreaper: bool = False,
     hang_timeout: float | None = None,
     memory_sample_interval: float = DEFAULT_MEMORY_SAMPLE_INTERVAL_S,
+    events: EventBus | None = None,
+    report: bool = True,
 ) -> GroupPlan:
     """What :func:`start_processes` would do with the same arguments; starts nothing.
 
@@ -154,7 +164,7 @@ def plan_processes(
         duplicate_stdout_filters, duplicate_stderr_filters,
         preload=preload, stdin=stdin, cwd=cwd, shutdown_timeout=shutdown_timeout,
         guardian=guardian, subreaper=subreaper, hang_timeout=hang_timeout,
-        memory_sample_interval=memory_sample_interval,
+        memory_sample_interval=memory_sample_interval, events=events, report=report,
     )  # fmt: skip
     return starting.plan()
 
@@ -168,8 +178,13 @@ class StartingProcesses:
     """
 
     def __init__(
-        self, spec: GroupSpec, numa_options: NumaOptions | None, options: RunOptions
+        self,
+        spec: GroupSpec,
+        numa_options: NumaOptions | None,
+        options: RunOptions,
+        events: EventBus | None = None,
     ) -> None:
+        self._events = events
         self._spec = spec
         self._numa_options = numa_options
         self._options = options
@@ -197,7 +212,9 @@ class StartingProcesses:
         self._used = True
         refuse_in_main_import()
         spec = await binder.choose_and_probe(self._spec, self._numa_options, os.environ)
-        self._context = PContext(self._plan(spec), self._options, work_of(spec))
+        self._context = PContext(
+            self._plan(spec), self._options, work_of(spec), events=self._events
+        )
         self._context.permit = self.permit
         await self._context._start()
         return self._context

@@ -56,6 +56,7 @@ class RunOptions:
     subreaper: bool = False
     hang_timeout_s: float | None = None
     memory_sample_interval_s: float = DEFAULT_MEMORY_SAMPLE_INTERVAL_S
+    report: bool = True
 
     def __post_init__(self) -> None:
         check_timeout("shutdown_timeout", self.shutdown_timeout_s)

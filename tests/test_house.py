@@ -57,6 +57,11 @@ ROOMS = {
     "failures": room("error_files"),
     "report": room("error_files failures"),
     "result": room("errors", lazily="failures report"),
+    "events": room(),
+    "bus": room(lazily="events", asynchronous=True),
+    "telling": room(
+        "bus plan", lazily="_compat affinity binding failures handler memory result stacks"
+    ),
     "error_handler": room(lazily="error_files worker"),
     "error_files": room(),
     "worker": room(),
@@ -86,7 +91,11 @@ ROOMS = {
     "hang": room("handler procfs worker", asynchronous=True),
     "memory": room("procfs", others="psutil", asynchronous=True),
     "stacks": room("_compat handler procfs worker", asynchronous=True),
-    "diagnosis": room("_compat handler memory procfs", lazily="hang stacks", asynchronous=True),
+    "diagnosis": room(
+        "_compat handler memory procfs",
+        lazily="hang stacks telling",
+        asynchronous=True,
+    ),
     "files": room("plan worker", asynchronous=True),
     "postmortem": room("_compat error_files failures files handler work"),
     "collect": room(
@@ -97,6 +106,10 @@ ROOMS = {
     "watches": room(others="asyncinotify", asynchronous=True),
     "tailing": room("console framing watches", others="aiofiles", asynchronous=True),
     "streaming": room("console framing plan tailing watches", others="anyio", asynchronous=True),
+    "pulses": room("handler streaming telling watches worker", asynchronous=True),
+    "recording": room("bus logs", lazily="events views.report", asynchronous=True),
+    "views.__init__": room(),
+    "views.report": room(),
     "functions.__init__": room(),
     "functions.frames": room(),
     "functions.running": room(
@@ -126,15 +139,20 @@ ROOMS = {
     ),
     # One group on one node.
     "context": room(
-        "_compat cgroups cleanup collect diagnosis errors files guardian handler plan"
-        " procfs result shielding spec subreaper work",
-        lazily="stacks streaming",
+        "_compat bus cgroups cleanup collect diagnosis errors files guardian"
+        " handler plan procfs recording result shielding spec subreaper telling"
+        " work",
+        lazily="pulses stacks streaming",
         asynchronous=True,
     ),
-    "procs": room("binder context files logs plan spec work", lazily="binding functions.zygote"),
+    "procs": room(
+        "binder context files logs plan spec work",
+        lazily="binding bus functions.zygote",
+    ),
     "elastic.__init__": room(),
     "elastic.interruption": room(),
     "elastic.engine": room("errors"),
+    "elastic.telling": room("bus elastic.records", lazily="failures result"),
     "elastic.records": room("elastic.engine"),
     "elastic.decide": room("elastic.records"),
     "elastic.culprits": room("elastic.records error_files failures"),
@@ -196,27 +214,33 @@ ROOMS = {
     ),
     "elastic.agent": room(
         "context elastic.gate elastic.interruption elastic.ports elastic.records"
-        " elastic.rendezvous.Rendezvous elastic.watchdog errors result shielding",
+        " elastic.rendezvous.Rendezvous elastic.telling elastic.watchdog errors"
+        " result shielding",
         lazily="elastic.culprits failures signals",
         asynchronous=True,
     ),
     "elastic.blueprint": room("elastic.agent environ logs"),
     "elastic.intensity": room("elastic.decide"),
-    "elastic.alone": room("cleanup context files handler logs plan spec work", asynchronous=True),
+    "elastic.alone": room(
+        "bus cleanup context files handler logs plan spec telling work",
+        asynchronous=True,
+    ),
     "elastic.keeping": room(
-        "elastic.alone elastic.intensity error_files errors failures files result shielding spec",
+        "bus elastic.alone elastic.intensity error_files errors failures files"
+        " recording result shielding spec telling",
         lazily="stacks",
         asynchronous=True,
     ),
     "elastic.services": room(
         "binder elastic.alone elastic.decide elastic.intensity elastic.keeping logs procs spec",
-        lazily="binding functions.zygote",
+        lazily="binding bus functions.zygote",
     ),
     "elastic.node": room("elastic.agent elastic.ports elastic.records elastic.rendezvous.Request"),
     "elastic.running": room(
-        "elastic.agent elastic.blueprint elastic.gate elastic.ports"
-        " elastic.rendezvous.Opener elastic.rendezvous.Request errors procs",
-        lazily="elastic.node elastic.services",
+        "bus elastic.agent elastic.blueprint elastic.gate elastic.ports"
+        " elastic.rendezvous.Opener elastic.rendezvous.Request elastic.telling"
+        " errors procs recording shielding",
+        lazily="elastic.node elastic.services signals",
     ),
     "elastic.meeting": room(
         "elastic.node elastic.records elastic.rendezvous.Request elastic.values flags options",
@@ -227,9 +251,9 @@ ROOMS = {
         lazily="binding functions.zygote logs",
     ),
     "elastic.launching": room(
-        "elastic.agent elastic.blueprint elastic.config elastic.culprits elastic.meeting"
-        " elastic.node elastic.rendezvous.Request elastic.running errors failures logs"
-        " result"
+        "bus elastic.agent elastic.blueprint elastic.config elastic.culprits"
+        " elastic.meeting elastic.node elastic.rendezvous.Request elastic.running"
+        " errors failures logs result",
     ),
     # The command line. What it does not need to say "usage: ..." it imports when it does.
     "flags": room(),

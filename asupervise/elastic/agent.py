@@ -19,6 +19,7 @@ from asupervise.elastic.interruption import Interruption
 from asupervise.elastic.ports import HeldPort, is_taken
 from asupervise.elastic.records import Culprit, Round
 from asupervise.elastic.rendezvous import Rendezvous
+from asupervise.elastic.telling import RunTeller
 from asupervise.elastic.watchdog import Watchdog, watched
 from asupervise.errors import NotPermittedError, SupervisorError
 from asupervise.result import RunProcsResult
@@ -87,7 +88,8 @@ class Hooks(NamedTuple):
     Attributes:
         on_group: called with each group, once it has been started, and with None when it has
             ended.
-        on_round: called with each round and with the end of the run, as it becomes known.
+        on_round: called with each round, once, as soon as it is known that there will be one, and
+            with the end of the run.
         stop: set when the node is to leave the run, as soon as its group has ended.
         on_warning: called with what is not as it should be between two groups, a sentence.
     """
@@ -128,6 +130,7 @@ class Agent:
         hooks: see :class:`Hooks`.
         fixed_port: where the master's port was given, and none is to be held.
         gate: what is waited for between two groups.
+        told: about rounds, and what becomes of them.
     """
 
     def __init__(
@@ -139,8 +142,10 @@ class Agent:
         hooks: Hooks = NO_HOOKS,
         fixed_port: int | None = None,
         gate: Gate,
+        told: RunTeller,
     ) -> None:
         self._rendezvous = rendezvous
+        self._told = told
         self._start = start
         self._shutdown_timeout_s = shutdown_timeout_s
         self._hooks = hooks
@@ -156,8 +161,14 @@ class Agent:
         Raises:
             SupervisorError, OSError: if a group cannot be started here, or the engine is gone.
         """
+        self._rendezvous.on_opened = self._on_round
         async with watched(self._rendezvous) as self._watchdog:
             return await self._run()
+
+    def _on_round(self, round: Round) -> None:
+        """There will be a round, or the run is over."""
+        if self._told.round_is_news(round):
+            self._hooks.on_round(round)
 
     async def _run(self) -> Outcome:
         last = Outcome(None)
@@ -169,9 +180,10 @@ class Agent:
                 round = await self._joined(port)
                 if round is None:
                     return last._replace(stopped=True)
-                self._hooks.on_round(round)
+                self._on_round(round)
                 if round.state == "over":
                     return last._replace(round=round)
+                self._told.round_completed(round)
                 if round.retries:
                     # It may be us whom rank 0's server cannot listen beside (no SO_REUSEADDR).
                     stack.close()

@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from asupervise import files
+from asupervise.bus import EventBus
 from asupervise.cleanup import Survivor
 from asupervise.context import PContext
 from asupervise.handler import SubprocessHandler
 from asupervise.logs import ATTEMPT_VARIABLE, LogsDest, LogsSpecs
 from asupervise.plan import TOKEN_VARIABLE, GroupPlan, plan_group
 from asupervise.spec import GroupSpec, RunOptions, checked_signal
+from asupervise.telling import GroupTeller
 from asupervise.work import Work, work_of
 
 __all__ = ["Attempts", "LoneWorker"]
@@ -52,12 +54,13 @@ class Attempts:
         self.first = self._planned(0)
         files.check_programs(self.first.workers, os.environ, options.cwd)
 
-    def worker(self, rank: int, count: int) -> LoneWorker:
+    def worker(self, rank: int, count: int, events: EventBus | None = None) -> LoneWorker:
         """A worker, to be started; to be called once for each number of a rank.
 
         Args:
             rank: its local rank.
             count: how often it has been started before.
+            events: who is told what happens to it.
 
         Raises:
             OSError: the program is missing or not executable.
@@ -67,7 +70,10 @@ class Attempts:
         self._forget(rank, count)
         files.check_programs(plan.workers, os.environ, self._options.cwd)
         args = {rank: self._spec.args[rank]}
-        return LoneWorker(plan, self._options, work_of(replace(self._spec, args=args)))
+        # What its starts have left is written down together, by the service.
+        options = replace(self._options, report=False)
+        work = work_of(replace(self._spec, args=args))
+        return LoneWorker(plan, options, work, events=events)
 
     def _planned(self, count: int) -> GroupPlan:
         envs = {rank: _counted(env, count) for rank, env in self._spec.envs.items()}
@@ -159,10 +165,15 @@ class LoneWorker(PContext):
         survivors: processes of it that could not be ended, a sentence each; known at the end.
     """
 
-    def __init__(self, plan: GroupPlan, options: RunOptions, work: Work) -> None:
-        super().__init__(plan, options, work)
+    def __init__(
+        self, plan: GroupPlan, options: RunOptions, work: Work, *, events: EventBus | None = None
+    ) -> None:
+        super().__init__(plan, options, work, events=events)
         self.local_rank = plan.workers[0].local_rank
         self.survivors: tuple[str, ...] = ()
+
+    def _told_by(self) -> GroupTeller:
+        return GroupTeller(self._bus, self.plan, part=True)
 
     async def start(self) -> None:
         """Start it.

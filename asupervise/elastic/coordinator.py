@@ -58,6 +58,7 @@ class Coordinator:
         self._leading = Leading(engine, self._board, terms, policy, lambda: self.node.id)
         self._tasks: list[asyncio.Task[None]] = []
         self._present = False
+        self.on_opened: Callable[[Round], None] = lambda _: None
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -103,6 +104,8 @@ class Coordinator:
                     return round
                 if round.state == "running" and self._runs(round):
                     return round
+                if round.state == "open":
+                    self.on_opened(round)
                 # A spare is ready for the next round, whatever brings it; who has ended this one
                 # waits until the next is there, for that may come with a delay.
                 ended = round.state == "running" and round.group_rank(self.node.id) is not None

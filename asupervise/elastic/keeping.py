@@ -17,11 +17,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, overload
 
 from asupervise import files
+from asupervise.bus import EventBus, Subscription
 from asupervise.elastic.alone import Attempts, LoneWorker
 from asupervise.elastic.intensity import Anew, End, Exhausted, Limits, Past, Window, after_end
 from asupervise.error_files import join_notes
 from asupervise.errors import SupervisorError
 from asupervise.failures import NOT_AVAILABLE, ProcessFailure
+from asupervise.recording import Recorder
 from asupervise.result import RunProcsResult
 from asupervise.shielding import finished_in_any_case, run_in_any_case
 from asupervise.spec import (
@@ -30,6 +32,7 @@ from asupervise.spec import (
     check_timeout,
     checked_signal,
 )
+from asupervise.telling import GroupTeller
 
 if TYPE_CHECKING:
     from asupervise.stacks import Stack
@@ -60,8 +63,13 @@ class Services:
         options: RunOptions,
         limits: Limits,
         on_restart: OnRestart | None = None,
+        *,
+        events: EventBus | None = None,
     ) -> None:
         first = attempts.first
+        self._bus = EventBus(parent=events)
+        self._teller = GroupTeller(self._bus, first)
+        self._recorder = Recorder(self._bus)
         self.name = first.name
         self.nprocs = first.nprocs
         self.log_dir: str | None = first.logs.run_dir or None
@@ -158,6 +166,10 @@ class Services:
             if (worker := self._workers.get(rank)) is not None:
                 worker.pass_on(sig)
 
+    def events(self, maxsize: int = 1024) -> Subscription:
+        """What happens to all workers, over all their starts; as `PContext.events`."""
+        return self._bus.subscribe(maxsize)
+
     async def dump_stacks(self) -> dict[int, Stack]:
         """Where each running worker is, by local rank; as `PContext.dump_stacks`."""
         dumps = await asyncio.gather(*(w.dump_stacks() for w in self._workers.values()))
@@ -201,6 +213,13 @@ class Services:
 
     async def _live(self) -> RunProcsResult:
         try:
+            return await self._lived()
+        finally:
+            self._bus.close()
+
+    async def _lived(self) -> RunProcsResult:
+        self._teller.starting()
+        try:
             try:
                 await self._run()
             finally:
@@ -213,11 +232,15 @@ class Services:
         except BaseException as exc:
             if self._started.done():
                 raise
+            self._teller.not_started(exc)
             # Whoever waits for the start gets the error; `wait` has nothing to say beyond it.
             await files.remove_run_folder(self._attempts.first)
             self._started.set_exception(exc)
             return RunProcsResult()
-        return await self._result()
+        result = await self._result()
+        self._teller.ended(result, parts_told=True)
+        problem = await self._recorder.finish()
+        return replace(result, warnings=(*result.warnings, problem)) if problem else result
 
     async def _run(self) -> None:
         for rank in self._pasts:
@@ -225,6 +248,8 @@ class Services:
                 return
             await self._launch(rank)
         self._started.set_result(None)
+        if self._options.report:
+            self._recorder.attend(self._attempts.first.logs)
         async with asyncio.TaskGroup() as group:
             for rank in self._pasts:
                 group.create_task(self._keep(rank), name=f"asupervise {self.name} {rank}")
@@ -248,7 +273,7 @@ class Services:
             ended = await self._started_anew(rank)
 
     async def _launch(self, rank: int) -> None:
-        worker = self._attempts.worker(rank, self._pasts[rank].restarts)
+        worker = self._attempts.worker(rank, self._pasts[rank].restarts, self._bus)
         # Before it is started, so that the end of the service reaches it meanwhile.
         self._workers[rank] = worker
         try:
@@ -299,6 +324,8 @@ class Services:
         return follows.delay_s
 
     def _tell(self, rank: int, follows: Anew, failure: ProcessFailure | None) -> None:
+        how = "has ended" if failure is None else f"failed, exit code {failure.exitcode}"
+        self._teller.restarting(rank, follows.past.restarts, f"rank {rank} {how}", follows.delay_s)
         if self._on_restart is None:
             return
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from asupervise.bus import EventBus
 from asupervise.elastic.agent import Outcome, by_global_rank
 from asupervise.elastic.blueprint import Blueprint
 from asupervise.elastic.config import LaunchConfig, Place
@@ -26,7 +27,10 @@ class RunError(SupervisorError):
 
 
 async def launch(
-    config: LaunchConfig, entrypoint: str | Sequence[str] | Callable[..., Any], *args: Any
+    config: LaunchConfig,
+    entrypoint: str | Sequence[str] | Callable[..., Any],
+    *args: Any,
+    events: EventBus | None = None,
 ) -> dict[int, Any]:
     """Run a job on this node, with the other nodes of its run.
 
@@ -37,6 +41,7 @@ async def launch(
         config: how.
         entrypoint: a program or a callable, as in `start_processes`.
         args: its arguments.
+        events: a bus that is told what happens; it stays open.
 
     Returns:
         What this node's workers returned, by global rank; None for programs.
@@ -76,9 +81,9 @@ async def launch(
         virtual_local_rank=config.virtual_local_rank,
     )
     if config.restart == "worker":
-        outcome = await serve(blueprint, request, within_s=config.restart_within)
+        outcome = await serve(blueprint, request, within_s=config.restart_within, events=events)
     else:
-        outcome = await run(blueprint, config.rdzv_backend, request)
+        outcome = await run(blueprint, config.rdzv_backend, request, events=events)
     return _values(outcome, _title(entrypoint))
 
 

@@ -7,16 +7,21 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
+from asupervise.bus import EventBus
 from asupervise.elastic.agent import NO_HOOKS, Agent, Hooks, Outcome, Standing, Starting
 from asupervise.elastic.blueprint import Blueprint
 from asupervise.elastic.gate import Gate, nvml_memory
 from asupervise.elastic.ports import HeldPort
 from asupervise.elastic.rendezvous import Opener, Request
+from asupervise.elastic.telling import RunTeller
 from asupervise.errors import NotSupportedError
-from asupervise.procs import start_processes
+from asupervise.procs import PContext, start_processes
+from asupervise.recording import Recorder
+from asupervise.shielding import run_in_any_case
 
 if TYPE_CHECKING:
     from asupervise.elastic.services import OnRestart
+    from asupervise.signals import Signalled
 
 __all__ = ["BACKENDS", "opener_of", "run", "serve"]
 
@@ -51,6 +56,8 @@ async def serve(
     *,
     within_s: float = 60.0,
     on_restart: OnRestart | None = None,
+    events: EventBus | None = None,
+    report: bool = True,
 ) -> Outcome:
     """Keep services up on this node: one worker is started anew, and the others go on.
 
@@ -60,6 +67,8 @@ async def serve(
         hooks: who wants to hear of it.
         within_s: `max_restarts` are so many within so many seconds.
         on_restart: see `run_services`.
+        events: a bus that is told what happens.
+        report: as in `start_processes`.
 
     Raises:
         NotSupportedError: for more than one node.
@@ -81,6 +90,8 @@ async def serve(
             within_s=within_s,
             policy=request.policy,
             on_restart=on_restart,
+            events=events,
+            report=report,
         ) as services:
             hooks.on_group(services)
             result = await services.wait()
@@ -89,7 +100,13 @@ async def serve(
 
 
 async def run(
-    blueprint: Blueprint, backend: str, request: Request, hooks: Hooks = NO_HOOKS
+    blueprint: Blueprint,
+    backend: str,
+    request: Request,
+    hooks: Hooks = NO_HOOKS,
+    *,
+    events: EventBus | None = None,
+    report: bool = True,
 ) -> Outcome:
     """Take part in a run until it is over.
 
@@ -98,13 +115,38 @@ async def run(
         backend: how the nodes come together.
         request: what the backend is given.
         hooks: who wants to hear of it.
+        events: a bus that is told what happens.
+        report: as in `start_processes`, of all groups together.
 
     Raises:
         SupervisorError, ValueError, OSError: if the rendezvous or a group is not possible.
     """
+    told = RunTeller(EventBus(parent=events), request.run_id, request.terms.max_restarts)
+    recorder = Recorder(told.bus)
 
+    def on_group(ctx: Signalled | None) -> None:
+        if report and isinstance(ctx, PContext):
+            recorder.attend(ctx.plan.logs)
+        hooks.on_group(ctx)
+
+    try:
+        outcome = await _run(blueprint, backend, request, hooks._replace(on_group=on_group), told)
+    except BaseException as exc:
+        told.broke_off(exc)
+        await run_in_any_case(recorder.finish)
+        raise
+    told.ended(outcome.round, outcome.culprit, outcome.result)
+    if problem := await recorder.finish():
+        hooks.on_warning(problem)
+    return outcome
+
+
+async def _run(
+    blueprint: Blueprint, backend: str, request: Request, hooks: Hooks, told: RunTeller
+) -> Outcome:
     def start(standing: Standing) -> Starting:
-        return start_processes(**blueprint.start_arguments(standing, os.environ))
+        arguments = blueprint.start_arguments(standing, os.environ)
+        return start_processes(**arguments, events=told.bus, report=False)
 
     fixed = backend in ("static", "env")
     gate = Gate(
@@ -123,5 +165,6 @@ async def run(
             hooks=hooks,
             fixed_port=request.master_port or None,
             gate=gate,
+            told=told,
         )
         return await agent.run()

@@ -22,6 +22,7 @@ from asupervise.spec import (
 
 if TYPE_CHECKING:
     from asupervise.binding import NumaOptions
+    from asupervise.bus import EventBus
     from asupervise.functions.zygote import Zygote
 
 __all__ = ["OnRestart", "Services", "StartingServices", "run_services"]
@@ -51,6 +52,8 @@ def run_services(
     guardian: bool = True,
     hang_timeout: float | None = None,
     memory_sample_interval: float = DEFAULT_MEMORY_SAMPLE_INTERVAL_S,
+    events: EventBus | None = None,
+    report: bool = True,
 ) -> StartingServices:
     """Start one worker a local rank, and each of them anew when it ends.
 
@@ -102,8 +105,9 @@ def run_services(
         guardian=guardian,
         hang_timeout_s=hang_timeout,
         memory_sample_interval_s=memory_sample_interval,
+        report=report,
     )
-    return StartingServices(spec, numa_options, options, limits, on_restart)
+    return StartingServices(spec, numa_options, options, limits, on_restart, events)
 
 
 class StartingServices:
@@ -116,7 +120,9 @@ class StartingServices:
         options: RunOptions,
         limits: Limits,
         on_restart: OnRestart | None,
+        events: EventBus | None = None,
     ) -> None:
+        self._events = events
         self._spec = spec
         self._numa_options = numa_options
         self._options = options
@@ -131,8 +137,10 @@ class StartingServices:
         self._used = True
         procs.refuse_in_main_import()
         spec = await binder.choose_and_probe(self._spec, self._numa_options, os.environ)
-        attempts = Attempts(spec, self._options)
-        self._services = Services(attempts, self._options, self._limits, self._on_restart)
+        self._services = Services(
+            Attempts(spec, self._options), self._options, self._limits, self._on_restart,
+            events=self._events,
+        )  # fmt: skip
         await self._services._start()
         return self._services
 

@@ -49,9 +49,13 @@ class Rendezvous(Protocol):
 
     Attributes:
         node: ourselves; its id changes when the engine has lost us.
+        on_opened: set by whoever wants to hear, before it is waited for, that there will be
+            another round, and why; called more than once for one, or not at all where it follows
+            at once.
     """
 
     node: Node
+    on_opened: Callable[[Round], None]
 
     async def join(self, port: int) -> Round:
         """Wait for a running round with us in it, or for the run to be over."""

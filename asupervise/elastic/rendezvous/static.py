@@ -43,9 +43,11 @@ class StaticRendezvous:
         )
         self._round = Round(0, "open", why="the run begins")
         self._culprit: Culprit | None = None
+        self.on_opened: Callable[[Round], None] = lambda _: None
 
     async def join(self, port: int) -> Round:
         if self._round.state == "open":
+            self.on_opened(self._round)
             await asyncio.sleep(self._round.delay_s)
             self._round = replace(
                 self._round,

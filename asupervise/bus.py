@@ -1,0 +1,286 @@
+"""The stream of events: told by whoever makes something happen, consumed by whoever shows it.
+
+What is told costs next to nothing while nobody listens: it is kept as a tuple, and the typed event
+of :mod:`asupervise.events` is made, and that module imported, for the first one who wants it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from asupervise.events import Event
+
+__all__ = ["EventBus", "Subscription", "Told"]
+
+_HISTORY: Final = 10_000
+_QUEUE: Final = 1024
+# Who lags behind loses these first: the next one says the same, only newer.
+_PASSING: Final = frozenset({"Heartbeat", "Progress", "ResourceSample"})
+
+
+class Told(NamedTuple):
+    """Something that has happened, before anybody wanted it as an event.
+
+    Attributes:
+        monotonic_ns: when.
+        time: when, in seconds since the epoch.
+        kind: the name of the event's class.
+        fields: its further fields.
+    """
+
+    monotonic_ns: int
+    time: float
+    kind: str
+    fields: dict[str, Any]
+
+    def event(self) -> Event:
+        """As its own type."""
+        from asupervise import events
+
+        made: Event = getattr(events, self.kind)(
+            monotonic_ns=self.monotonic_ns, time=self.time, **self.fields
+        )
+        return made
+
+
+class EventBus:
+    """Carries the events of one group, or of a run's groups one after another.
+
+    Not safe for threads: everybody is in one event loop.
+
+    Args:
+        history: how many events are kept for those who come later. Of more, `Heartbeat`,
+            `Progress` and `ResourceSample` are dropped first, the oldest first.
+        parent: a bus that is told all that this one is told.
+
+    Raises:
+        ValueError: for a `history` below zero.
+
+    Example::
+
+        bus = EventBus()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(show(bus.subscribe()))
+            await launch(config, train, events=bus)
+            bus.close()
+    """
+
+    def __init__(self, history: int = _HISTORY, parent: EventBus | None = None) -> None:
+        if history < 0:
+            raise ValueError(f"history: {history!r}: expected zero or more")
+        self._history = _Bounded(history)
+        self._parent = parent
+        self._subscriptions: set[Subscription] = set()
+        self._wanted: list[Callable[[], None]] = []
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing will happen any more."""
+        return self._closed
+
+    @property
+    def has_listeners(self) -> bool:
+        """Whether anybody consumes the stream now, who only records it included."""
+        above = self._parent is not None and self._parent.has_listeners
+        return bool(self._subscriptions) or above
+
+    def when_listened(self, call: Callable[[], None]) -> None:
+        """Call this once somebody consumes the stream; now, if somebody does.
+
+        Who only records it does not count.
+        """
+        if self._parent is not None:
+            self._parent.when_listened(call)
+        if any(not each.records for each in self._subscriptions):
+            call()
+        elif not self._closed:
+            self._wanted.append(call)
+
+    def forget(self, call: Callable[[], None]) -> None:
+        """Never mind what was asked for with :meth:`when_listened`."""
+        if self._parent is not None:
+            self._parent.forget(call)
+        if call in self._wanted:
+            self._wanted.remove(call)
+
+    @property
+    def dropped(self) -> int:
+        """How many events those who come now have missed for good."""
+        return self._history.dropped
+
+    def tell(self, kind: str, at_ns: int | None = None, /, **fields: Any) -> None:
+        """Something has happened; after :meth:`close` nobody hears of it.
+
+        Args:
+            kind: the name of its class in :mod:`asupervise.events`.
+            at_ns: when, on ``time.monotonic_ns()``; now by default.
+            fields: the event's own.
+        """
+        if self._closed:
+            return
+        now_ns, now = time.monotonic_ns(), time.time()
+        at_ns = now_ns if at_ns is None else at_ns
+        self._take(Told(at_ns, now - (now_ns - at_ns) / 10**9, kind, fields))
+
+    def _take(self, told: Told) -> None:
+        if self._closed:
+            return
+        self._history.add(told)
+        for subscription in self._subscriptions:
+            subscription._add(told)
+        if self._parent is not None:
+            self._parent._take(told)
+
+    def subscribe(self, maxsize: int = _QUEUE, *, records: bool = False) -> Subscription:
+        """Hear of everything, from the beginning as far as the history has it.
+
+        Args:
+            maxsize: how many events may wait to be taken, besides the history.
+            records: whether nobody looks at it now: what costs something to find out (first
+                output, heartbeats, progress) is then left out, unless somebody else wants it.
+
+        Raises:
+            ValueError: for a `maxsize` below 1.
+        """
+        if maxsize < 1:
+            raise ValueError(f"maxsize: {maxsize!r}: expected at least 1")
+        subscription = Subscription(self, maxsize, self._history, records=records)
+        if not records:
+            wanted, self._wanted = self._wanted, []
+            for call in wanted:
+                call()
+        return subscription
+
+    def close(self) -> None:
+        """Nothing will happen any more: who consumes comes to the end. May be called again."""
+        self._closed = True
+        self._wanted.clear()
+        for subscription in list(self._subscriptions):
+            subscription._wake()
+
+
+class Subscription:
+    """One consumer's part of the stream: ``async for event in subscription``.
+
+    It ends when the bus is closed and all is taken, or at :meth:`close`. Where more waits to be
+    taken than there is room for, the oldest `Heartbeat`, `Progress` or `ResourceSample` is
+    dropped, and where there is none of these the oldest event: the newest always arrive.
+
+    Attributes:
+        dropped: how many events were.
+        records: see :meth:`EventBus.subscribe`.
+    """
+
+    def __init__(
+        self, bus: EventBus, maxsize: int, history: _Bounded, *, records: bool = False
+    ) -> None:
+        self.records = records
+        self._bus = bus
+        self._queue = _Bounded(maxsize + len(history))
+        for told in history:
+            self._queue.add(told)
+        self._queue.dropped = history.dropped
+        self._maxsize = maxsize
+        self._stirred = asyncio.Event()
+        self._ended = False
+        bus._subscriptions.add(self)
+
+    @property
+    def dropped(self) -> int:
+        return self._queue.dropped
+
+    def _add(self, told: Told) -> None:
+        self._queue.add(told)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._stirred.set()
+
+    def close(self) -> None:
+        """Hear of nothing any more."""
+        self._ended = True
+        self._queue.clear()
+        self._bus._subscriptions.discard(self)
+        self._wake()
+
+    def take(self) -> list[Event]:
+        """All that waits to be taken, without waiting."""
+        taken = [told.event() for told in self._queue]
+        self._queue.clear()
+        self._queue.shrink(self._maxsize)
+        return taken
+
+    async def wait(self) -> bool:
+        """Wait until there is something to take; False if there will be nothing any more."""
+        while not self._queue:
+            if self._ended or self._bus.closed:
+                self._bus._subscriptions.discard(self)
+                return False
+            self._stirred.clear()
+            await self._stirred.wait()
+        return True
+
+    def __aiter__(self) -> Subscription:
+        return self
+
+    async def __anext__(self) -> Event:
+        if not await self.wait():
+            raise StopAsyncIteration
+        told = self._queue.pop_oldest()
+        if not self._queue:
+            self._queue.shrink(self._maxsize)
+        return told.event()
+
+
+class _Bounded:
+    """A queue that, where it is full, drops what passes, and else what is oldest."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._items: deque[Told] = deque()
+        self._passing = 0
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Told]:
+        return iter(self._items)
+
+    def add(self, told: Told) -> None:
+        self._items.append(told)
+        self._passing += told.kind in _PASSING
+        if len(self._items) > self._size:
+            self._drop_one()
+
+    def _drop_one(self) -> None:
+        self.dropped += 1
+        if not self._passing:
+            self._items.popleft()
+            return
+        self._passing -= 1
+        # Found soon where many pass: they come in turns with the rest.
+        for index, told in enumerate(islice(self._items, len(self._items))):
+            if told.kind in _PASSING:
+                del self._items[index]
+                return
+
+    def pop_oldest(self) -> Told:
+        told = self._items.popleft()
+        self._passing -= told.kind in _PASSING
+        return told
+
+    def shrink(self, size: int) -> None:
+        """From now on there is room for so many; it holds none."""
+        self._size = size
+
+    def clear(self) -> None:
+        self._items.clear()
+        self._passing = 0

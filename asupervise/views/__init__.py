@@ -1,0 +1,1 @@
+"""What a person looks at: consumers of events, and of what a run has left in its folder."""

@@ -185,7 +185,8 @@ async def test_what_is_left_of_a_failed_job_is_one_folder(temporary: Path) -> No
     with pytest.raises(ChildFailedError):
         await launch(config(1, max_restarts=2), SH, "exit 5")
     (run,) = temporary.iterdir()
-    assert sorted(p.name for p in run.iterdir()) == ["attempt_0", "attempt_1", "attempt_2"]
+    attempts = sorted(attempt.name for attempt in run.iterdir() if attempt.is_dir())
+    assert attempts == ["attempt_0", "attempt_1", "attempt_2"]
 
 
 # --- bad input ------------------------------------------------------------------------------------

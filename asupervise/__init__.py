@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from asupervise.failures import root_cause as root_cause
     from asupervise.functions.zygote import Zygote as Zygote
     from asupervise.handler import SubprocessHandler as SubprocessHandler
+    from asupervise.lines import LogLine as LogLine
     from asupervise.logs import DefaultLogsSpecs as DefaultLogsSpecs
     from asupervise.logs import LogsDest as LogsDest
     from asupervise.logs import LogsSpecs as LogsSpecs
@@ -82,6 +83,7 @@ _HOMES = {
     "EventBus": "bus",
     "GroupPlan": "plan",
     "LaunchConfig": "elastic.config",
+    "LogLine": "lines",
     "LogsDest": "logs",
     "LogsSpecs": "logs",
     "MemoryPolicy": "binding",

@@ -65,6 +65,7 @@ class Console:
         screen: where it is known that another stream ends in the same place.
 
     Attributes:
+        turn: to be held while writing; see :class:`Screen`.
         blocks: taken by a tailer for as long as it holds a block for this console, so that a
             reader that is slow makes us wait, and not our memory grow.
         broken: why the stream takes nothing any more, or None.
@@ -76,6 +77,7 @@ class Console:
         self._stream: Any = stream
         self._executor = executor
         self._screen = screen or Screen()
+        self.turn = self._screen.turn
         self._fd = _descriptor(stream)
         self._empty_pipe_takes = self._fd is not None and _is_large_pipe(self._fd)
         self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
@@ -83,11 +85,6 @@ class Console:
         self.broken: Exception | None = None
         if stream is None:
             self.broken = ValueError("there is no such stream")
-
-    @property
-    def turn(self) -> asyncio.Lock:
-        """To be held while writing; see :class:`Screen`."""
-        return self._screen.turn
 
     @property
     def takes_streams(self) -> bool:

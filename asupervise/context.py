@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
@@ -23,6 +23,7 @@ from asupervise.diagnosis import Diagnosis
 from asupervise.errors import NotPermittedError
 from asupervise.guardian import Guardian, guarded
 from asupervise.handler import SubprocessHandler
+from asupervise.logs import Std
 from asupervise.plan import GroupPlan
 from asupervise.recording import Recorder
 from asupervise.result import RunProcsResult
@@ -33,6 +34,7 @@ from asupervise.telling import GroupTeller
 from asupervise.work import ProgramWork, Work
 
 if TYPE_CHECKING:
+    from asupervise.lines import LogLine
     from asupervise.pulses import Pulses
     from asupervise.stacks import Stack
     from asupervise.streaming import LogStreams
@@ -218,6 +220,41 @@ class PContext:
         and harms no worker.
         """
         return await self._diagnosis.dump_stacks()
+
+    def lines(
+        self, ranks: Iterable[int] | None = None, streams: Std = Std.ALL
+    ) -> AsyncGenerator[LogLine, None]:
+        """The workers' output, line by line, from the beginning to the end of the group.
+
+        Each call is a consumer of its own. One that is slow makes nobody wait, neither a worker
+        nor ``wait`` and ``close``: the files are its buffer. It gets all lines also where it is
+        not through when the group has ended, and a temporary folder has been removed: its files
+        are open from this call until it is through.
+
+        Args:
+            ranks: local ranks; None for all.
+            streams: `Std.OUT` or `Std.ERR`, which must go to files; or `Std.ALL`, those that do.
+
+        Returns:
+            An asynchronous iterator. The lines of one file come in their order. Whoever leaves
+            its loop early, and keeps the iterator, closes it (``aclose()``,
+            ``contextlib.aclosing``).
+
+        Raises:
+            ValueError: for a rank that does not exist, or a stream that does not go to a file.
+            FileNotFoundError: if a file is not there any more.
+            OSError: at the call, if one cannot be opened; at the end of the lines, if one could
+                not be read.
+
+        Example::
+
+            async with start_processes(..., logs_specs=DefaultLogsSpecs(tee=Std.ALL)) as ctx:
+                async for line in ctx.lines(ranks=[0], streams=Std.OUT):
+                    print(line.rank, line.text)
+        """
+        from asupervise.lines import LineReader, sources_of
+
+        return LineReader(sources_of(self.plan, ranks, streams)).lines(self._task)
 
     async def __aenter__(self) -> PContext:
         return self

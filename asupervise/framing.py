@@ -81,7 +81,10 @@ class LineFramer:
 
     @property
     def unfinished(self) -> bool:
-        """Whether there is a begun line of which something is not shown yet."""
+        """Whether there is a begun line of which something is to be shown that is not yet."""
+        return self._has_unshown()
+
+    def _has_unshown(self) -> bool:
         # Of a "\r" at its end nobody can say yet what it will do.
         return len(self._held.rstrip(b"\r")) > self._shown
 
@@ -117,7 +120,7 @@ class LineFramer:
 
     def peek(self) -> Framed | None:
         """Give out what there is of an unfinished line, which then is known to be shown."""
-        if not self.unfinished:
+        if not self._has_unshown():
             return None
         text = self._held.rstrip(b"\r")
         resumed, fresh = self._begin(text)
@@ -156,7 +159,7 @@ class LineFramer:
     def _completed(self, tail: bytes) -> tuple[bytes, bytes]:
         """The two beginnings (resumed, fresh) of the begun line, which `tail` ends."""
         only_its_end = not tail.rstrip(b"\r\n")
-        if only_its_end and self._is_on_console() and not self.unfinished:
+        if only_its_end and self._is_on_console() and not self._has_unshown():
             return self._held[self._shown :] + tail, b""
         return self._begin(self._held + tail)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from asupervise.handler import SubprocessHandler
-from asupervise.streaming import shared_hub
+from asupervise.hub import shared_hub
 from asupervise.telling import GroupTeller
 from asupervise.watches import Watches
 from asupervise.worker import HEARTBEAT_VARIABLE, PROGRESS_VARIABLE, parse_progress

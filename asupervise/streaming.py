@@ -7,23 +7,20 @@ import errno
 import os
 import sys
 import threading
-import weakref
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import anyio
 from anyio.abc import TaskGroup
 
-from asupervise.console import Console, Consoles
+from asupervise.console import Console
 from asupervise.framing import LineFilter, LineFramer, Picked
+from asupervise.hub import Hub, shared_hub
 from asupervise.plan import GroupPlan, WorkerPlan
-from asupervise.tailing import BLOCK_BYTES, Tailer
-from asupervise.watches import Watches
+from asupervise.tailing import BLOCK_BYTES, Tailer, follow_successor
 
-_THREADS = 4
 # Files are watched so long after the last worker's start: a program takes longer to say something,
 # and one that is over by then is not worth a watch.
 _SOON_S = 0.01
@@ -32,61 +29,6 @@ _SOON_S = 0.01
 _LATEST_S = 1.0
 # To watch a file takes 30 us: after so many workers others have their turn of the loop.
 _WATCHED_AT_ONCE = 16
-
-
-class Threads(ThreadPoolExecutor):
-    """The threads that all tailers of an event loop share; knows whether any is at work."""
-
-    def __init__(self) -> None:
-        super().__init__(_THREADS, thread_name_prefix="asupervise-logs")
-        self._at_work: set[Future[Any]] = set()
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future = super().submit(fn, *args, **kwargs)
-        self._at_work.add(future)
-        future.add_done_callback(self._at_work.discard)
-        return future
-
-    def close(self) -> None:
-        # Idle threads end at once, and are waited for: there shall be none more than before. A
-        # call that waits for a reader who does not read is left alone (after a cancellation).
-        self.shutdown(wait=not self._at_work)
-
-
-class Hub:
-    """What the tailers of one event loop share."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.users = 0
-        self.threads = Threads()
-        self.consoles = Consoles(self.threads)
-        self.watches = Watches(loop)
-
-    async def close(self) -> None:
-        try:
-            await self.watches.close(self.threads)
-        finally:
-            self.threads.close()
-
-
-_hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Hub] = weakref.WeakKeyDictionary()
-
-
-@asynccontextmanager
-async def shared_hub() -> AsyncIterator[Hub]:
-    """The running loop's hub: made by its first user, closed by its last."""
-    loop = asyncio.get_running_loop()
-    hub = _hubs.get(loop)
-    if hub is None:
-        hub = _hubs[loop] = Hub(loop)
-    hub.users += 1
-    try:
-        yield hub
-    finally:
-        hub.users -= 1
-        if not hub.users:
-            del _hubs[loop]
-            await hub.close()
 
 
 class FilteredLog:
@@ -289,18 +231,12 @@ class LogStreams:
         self._group.start_soon(self._run, tailer)
 
     def _follow_successor(self, tailer: Tailer) -> bool:
-        """Follow the new file in the place of another; False if there is none after all."""
         source = self._sources[tailer]
-        try:
-            successor = self._tailer(tailer.path, _Source(source.stream, source.worker, True))
-        except OSError:
-            return False
-        successor.follow()
-        # The worker's own descriptor stays with its first file for good. Of those that somebody
-        # has put there since, only the newest is written to.
-        if source.succeeds:
-            self._loop.call_soon(tailer.stop)
-        return True
+        return follow_successor(
+            tailer,
+            lambda: self._tailer(tailer.path, source._replace(succeeds=True)),
+            is_successor=source.succeeds,
+        )
 
     async def _run(self, tailer: Tailer) -> None:
         try:

@@ -18,8 +18,8 @@ from concurrent.futures import Executor
 from functools import cache
 from typing import Any, Protocol
 
-from asupervise.console import Console
 from asupervise.framing import Framed, LineFramer
+from asupervise.sinks import Sink
 from asupervise.watches import Watches
 
 BLOCK_BYTES = 256 * 1024
@@ -62,13 +62,14 @@ class Tailer:
     Args:
         path: the file; it exists.
         framer: cuts its bytes into lines for `console`.
-        console: where the lines go.
+        console: where the lines go: a `Console`, as a rule.
         watches: tell of changes.
         threads: where blocking reads run.
         start: called once, at the first change: to run :meth:`run` in a task.
         on_replaced: called when another file has taken the place of this one.
         sideline: gets all that is read, too.
         prompts: whether somebody may be waiting for its prompts: they are shown sooner.
+        fd: the file, where it is open already; from now on it is the tailer's to close.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -102,7 +103,7 @@ class Tailer:
         self,
         path: str,
         framer: LineFramer,
-        console: Console,
+        console: Sink,
         watches: Watches,
         threads: Executor,
         *,
@@ -110,6 +111,7 @@ class Tailer:
         on_replaced: Callable[[Tailer], bool],
         sideline: Sideline | None = None,
         prompts: bool = False,
+        fd: int | None = None,
     ) -> None:
         self.path = path
         self._framer = framer
@@ -120,7 +122,7 @@ class Tailer:
         self._on_replaced: Callable[[Tailer], bool] | None = on_replaced
         self._sideline = sideline
         self._idle_s = IDLE_S / 5 if prompts else IDLE_S
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
         # The same as a file object, and as one of aiofiles', once it has been read in a thread.
         self._raw: io.FileIO | None = None
         self._file: Any = None
@@ -438,6 +440,26 @@ class Tailer:
         framed = self._framer.end()
         if framed is not None:
             await self._show(framed)
+
+
+def follow_successor(tailer: Tailer, make: Callable[[], Tailer], *, is_successor: bool) -> bool:
+    """Follow the new file in the place of another; False if there is none after all.
+
+    Args:
+        tailer: of the file that was there before.
+        make: makes the new one's.
+        is_successor: whether that file had taken the place of another, too.
+    """
+    try:
+        successor = make()
+    except OSError:
+        return False
+    successor.follow()
+    # The worker's own descriptor stays with its first file for good. Of those that somebody has
+    # put there since, only the newest is written to.
+    if is_successor:
+        asyncio.get_running_loop().call_soon(tailer.stop)
+    return True
 
 
 class _Place(enum.Enum):

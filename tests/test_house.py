@@ -104,12 +104,16 @@ ROOMS = {
     # Showing what it says.
     "console": room("framing", asynchronous=True),
     "watches": room(others="asyncinotify", asynchronous=True),
-    "tailing": room("console framing watches", others="aiofiles", asynchronous=True),
-    "streaming": room("console framing plan tailing watches", others="anyio", asynchronous=True),
-    "pulses": room("handler streaming telling watches worker", asynchronous=True),
+    "pulses": room("handler hub telling watches worker", asynchronous=True),
     "recording": room("bus logs", lazily="events views.report", asynchronous=True),
     "views.__init__": room(),
     "views.report": room(),
+    "sinks": room("framing", asynchronous=True),
+    "tailing": room("framing sinks watches", others="aiofiles", asynchronous=True),
+    "hub": room("console watches", asynchronous=True),
+    "streaming": room("console framing hub plan tailing", others="anyio", asynchronous=True),
+    "whole_lines": room("framing"),
+    "lines": room("framing hub logs plan sinks tailing whole_lines", asynchronous=True),
     "functions.__init__": room(),
     "functions.frames": room(),
     "functions.running": room(
@@ -140,9 +144,9 @@ ROOMS = {
     # One group on one node.
     "context": room(
         "_compat bus cgroups cleanup collect diagnosis errors files guardian"
-        " handler plan procfs recording result shielding spec subreaper telling"
+        " handler logs plan procfs recording result shielding spec subreaper telling"
         " work",
-        lazily="pulses stacks streaming",
+        lazily="lines pulses stacks streaming",
         asynchronous=True,
     ),
     "procs": room(
@@ -227,8 +231,8 @@ ROOMS = {
     ),
     "elastic.keeping": room(
         "bus elastic.alone elastic.intensity error_files errors failures files"
-        " recording result shielding spec telling",
-        lazily="stacks",
+        " logs recording result shielding spec telling",
+        lazily="lines stacks",
         asynchronous=True,
     ),
     "elastic.services": room(
@@ -283,7 +287,7 @@ WORKER_SIDE = (
 )  # fmt: skip
 HEAVY = {"anyio", "aiofiles", "argparse", "asyncio", "asyncinotify", "psutil", "subprocess"}
 # Decisions only: they take what was read, and return what is to be done.
-PURE = ("errors", "framing", "report", "affinity", "placement", "binding")
+PURE = ("errors", "framing", "whole_lines", "report", "affinity", "placement", "binding")
 COMMAND_LINE = ("flags", "options", "job", "dryrun", "cli", "__main__")
 # What an application must ask for by name, and what is a process of its own.
 ASKED_FOR = ("signals", "subreaper", "functions.zygote_main")

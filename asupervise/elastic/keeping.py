@@ -11,10 +11,11 @@ import asyncio
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, overload
+from weakref import WeakKeyDictionary
 
 from asupervise import files
 from asupervise.bus import EventBus, Subscription
@@ -23,6 +24,7 @@ from asupervise.elastic.intensity import Anew, End, Exhausted, Limits, Past, Win
 from asupervise.error_files import join_notes
 from asupervise.errors import SupervisorError
 from asupervise.failures import NOT_AVAILABLE, ProcessFailure
+from asupervise.logs import Std
 from asupervise.recording import Recorder
 from asupervise.result import RunProcsResult
 from asupervise.shielding import finished_in_any_case, run_in_any_case
@@ -35,6 +37,7 @@ from asupervise.spec import (
 from asupervise.telling import GroupTeller
 
 if TYPE_CHECKING:
+    from asupervise.lines import LineReader, LogLine
     from asupervise.stacks import Stack
 
 __all__ = ["OnRestart", "Services"]
@@ -85,6 +88,8 @@ class Services:
         self._cut_short: set[int] = set()
         self._culprit: tuple[int, ProcessFailure] | None = None
         self._warnings = deque(first.warnings, _MAX_WARNINGS)
+        # Whose lines each of them wants: ranks and streams.
+        self._readers: WeakKeyDictionary[LineReader, tuple[set[int], Std]] = WeakKeyDictionary()
         self._ending = asyncio.Event()
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._life: asyncio.Task[RunProcsResult] | None = None
@@ -174,6 +179,29 @@ class Services:
         """Where each running worker is, by local rank; as `PContext.dump_stacks`."""
         dumps = await asyncio.gather(*(w.dump_stacks() for w in self._workers.values()))
         return {rank: stack for dump in dumps for rank, stack in sorted(dump.items())}
+
+    def lines(
+        self, ranks: Iterable[int] | None = None, streams: Std = Std.ALL
+    ) -> AsyncGenerator[LogLine, None]:
+        """The workers' output, line by line, as `PContext.lines`.
+
+        Of each worker that runs now from the beginning of its present start, and then of all
+        starts that follow.
+
+        Args:
+            ranks: local ranks; None for all.
+            streams: as in `PContext.lines`.
+
+        Raises:
+            ValueError, OSError: as `PContext.lines`.
+        """
+        from asupervise.lines import LineReader, sources_of
+
+        chosen = {s.local_rank for s in sources_of(self._attempts.first, ranks, streams)}
+        running = [w.plan for rank, w in sorted(self._workers.items()) if rank in chosen]
+        reader = LineReader(s for plan in running for s in sources_of(plan, None, streams))
+        self._readers[reader] = chosen, streams
+        return reader.lines(self._task)
 
     async def __aenter__(self) -> Services:
         return self
@@ -281,11 +309,24 @@ class Services:
         except BaseException:
             del self._workers[rank]
             raise
+        self._read_lines(worker)
+
+    def _read_lines(self, worker: LoneWorker) -> None:
+        if not self._readers:
+            return
+        from asupervise.lines import sources_of
+
+        for reader, (ranks, streams) in list(self._readers.items()):
+            if worker.local_rank in ranks:
+                for source in sources_of(worker.plan, None, streams):
+                    reader.add(source)
 
     async def _ended(self, rank: int) -> LoneWorker:
         worker = self._workers[rank]
         self._last[rank] = await worker.wait()
         del self._workers[rank]
+        for reader in list(self._readers):
+            reader.stop_worker(rank)
         self._warnings.extend(self._last[rank].warnings)
         return worker
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from asupervise import cpus
 from asupervise.elastic.blueprint import Blueprint
 from asupervise.elastic.meeting import meeting_of
-from asupervise.elastic.node import preview
+from asupervise.elastic.node import own_gpus, preview
 from asupervise.elastic.rendezvous import Request
 from asupervise.environ import fair_share, substitute_macros
 from asupervise.options import LaunchOptions, UsageError, check_stdin
@@ -90,7 +90,7 @@ def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
         master_addr=meeting.request.master_addr,
         stdin=options.stdin,
         prefix_template=options.log_line_prefix_template,
-        gpu_visibility=_gpu_visibility(options, workers, environ),
+        gpu_visibility=own_gpus(workers, environ) if options.virtual_local_rank else {},
         virtual_local_rank=options.virtual_local_rank,
     )
     threads, why_threads = _threads(blueprint, meeting.request, environ)
@@ -219,19 +219,6 @@ def _numa_options(options: LaunchOptions) -> NumaOptions | None:
         should_fall_back_if_binding_fails=options.numa_binding_fallback,
         **policy,
     )
-
-
-def _gpu_visibility(
-    options: LaunchOptions, workers: int, environ: Mapping[str, str]
-) -> dict[int, dict[str, str]]:
-    """For a virtual local rank, the variables that leave each worker one GPU."""
-    if not options.virtual_local_rank:
-        return {}
-    from asupervise.binding import gpu_visibility
-    from asupervise.topology import read_gpus
-
-    gpus = read_gpus()
-    return {rank: gpu_visibility(gpus, rank, environ) for rank in range(workers)}
 
 
 # --- their threads ---------------------------------------------------------------------------

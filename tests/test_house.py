@@ -239,7 +239,10 @@ ROOMS = {
         "binder elastic.alone elastic.decide elastic.intensity elastic.keeping logs procs spec",
         lazily="binding bus functions.zygote",
     ),
-    "elastic.node": room("elastic.agent elastic.ports elastic.records elastic.rendezvous.Request"),
+    "elastic.node": room(
+        "elastic.agent elastic.ports elastic.records elastic.rendezvous.Request",
+        lazily="binding topology",
+    ),
     "elastic.running": room(
         "bus elastic.agent elastic.blueprint elastic.gate elastic.ports"
         " elastic.rendezvous.Opener elastic.rendezvous.Request elastic.telling"

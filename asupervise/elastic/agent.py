@@ -10,7 +10,6 @@ import signal
 import time
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from asupervise.context import PContext
@@ -368,7 +367,7 @@ class _Group:
         if culprit.rank or culprit.uptime_s >= START_S:
             return culprit
         taken = culprit.port_taken or is_taken(self._standing.round.master_port)
-        return replace(culprit, port_taken=taken)
+        return culprit._replace(port_taken=taken)
 
     def _culprit(self, local_rank: int, failure: ProcessFailure) -> Culprit:
         # Imported here: most groups end well.

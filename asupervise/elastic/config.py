@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ T = TypeVar("T")
 
 # torchrun's, where several nodes must agree on one without talking.
 DEFAULT_MASTER_PORT: Final = 29500
+_USUAL: Final = Policy()
 
 
 class Place(NamedTuple):
@@ -110,10 +110,10 @@ class LaunchConfig:
     master_port: int | None = field(default=None, kw_only=True)
     preload: Sequence[str] = field(default=(), kw_only=True)
     hang_timeout: float | None = field(default=None, kw_only=True)
-    min_uptime: float = field(default=Policy.min_uptime_s, kw_only=True)
-    max_broken_starts: int = field(default=Policy.max_broken_starts, kw_only=True)
-    restart_backoff: float = field(default=Policy.backoff_s, kw_only=True)
-    restart_backoff_max: float = field(default=Policy.backoff_max_s, kw_only=True)
+    min_uptime: float = field(default=_USUAL.min_uptime_s, kw_only=True)
+    max_broken_starts: int = field(default=_USUAL.max_broken_starts, kw_only=True)
+    restart_backoff: float = field(default=_USUAL.backoff_s, kw_only=True)
+    restart_backoff_max: float = field(default=_USUAL.backoff_max_s, kw_only=True)
     restart: str = field(default="group", kw_only=True)
     restart_within: float = field(default=60.0, kw_only=True)
 
@@ -190,7 +190,7 @@ class LaunchConfig:
             backoff_max_s=self.restart_backoff_max,
         )
         if self.rdzv_timeout >= 0:
-            policy = dataclasses.replace(policy, join_timeout_s=self.rdzv_timeout)
+            policy = policy._replace(join_timeout_s=self.rdzv_timeout)
         return policy
 
 

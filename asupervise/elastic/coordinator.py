@@ -19,7 +19,6 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import replace
 from typing import Final
 
 from asupervise.elastic.board import FAILED, FOR_GOOD, Board, TermsError
@@ -94,7 +93,7 @@ class Coordinator:
         Raises:
             EngineError: if the engine cannot be had for as long as a round is waited for.
         """
-        self.node = replace(self.node, port=port)
+        self.node = self.node._replace(port=port)
         while True:
             if time.monotonic() >= self.engine.alive_until:
                 await self.rejoin()
@@ -189,12 +188,12 @@ class Coordinator:
         """Tell the others at once that a worker of ours has failed; again, when more is known."""
         key = f"{FAILED}{culprit.round}/{self.node.id}"
         told = await self._persist([Put(key, text_of(culprit))])
-        self.node = replace(self.node, told=told or 0)
+        self.node = self.node._replace(told=told or 0)
 
     async def ended(self, how: str) -> None:
         """Tell the others that no worker of ours is left of this round."""
         number = self.node.ready
-        self.node = replace(self.node, done=number, how=how)
+        self.node = self.node._replace(done=number, how=how)
         if self._present and self._board.round is not None and self._board.round.number == number:
             await self._present_ourselves(ready=number)
 
@@ -215,7 +214,7 @@ class Coordinator:
                 if time.monotonic() >= give_up or isinstance(error, FOR_GOOD):
                     raise
                 await self._board.pause()
-        self.node = replace(self.node, id=new_id(), ready=-1, done=-1, how="", told=0)
+        self.node = self.node._replace(id=new_id(), ready=-1, done=-1, how="", told=0)
         await self._board.load()
 
     # --- being there -------------------------------------------------------------------------
@@ -242,7 +241,7 @@ class Coordinator:
             self._board.fail(exc)
 
     async def _present_ourselves(self, ready: int) -> None:
-        node = replace(self.node, ready=ready)
+        node = self.node._replace(ready=ready)
         if not self._present and node.node_rank is not None:
             await self._take_place(node)
         await self._persist([Put(NODE + node.id, text_of(node), leased=True)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 from asupervise.elastic.records import Culprit, Member, Node, Round, Terms
@@ -21,8 +20,7 @@ __all__ = ["Clock", "Policy", "View", "after_failure", "decide", "earliest"]
 _PORT_RETRIES: Final = 3
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(NamedTuple):
     """When to begin a round, and when to try again.
 
     Attributes:
@@ -131,8 +129,7 @@ def _of_open(view: View, terms: Terms, policy: Policy, clock: Clock) -> Round | 
         due = (clock.now if clock.enough is None else clock.enough) + policy.last_call_s
         return _begun(view.round, view.ready) if complete or clock.now >= due else due
     if clock.now >= give_up:
-        return replace(
-            view.round,
+        return view.round._replace(
             state="over",
             culprit=None,
             why=f"{ready} of at least {terms.min_nodes} nodes came within "
@@ -143,7 +140,7 @@ def _of_open(view: View, terms: Terms, policy: Policy, clock: Clock) -> Round | 
 
 def _begun(round: Round, nodes: Sequence[Node]) -> Round:
     members = tuple(Member(n.id, n.host, n.address, n.nproc, n.role, n.node_rank) for n in nodes)
-    return replace(round, state="running", members=members, master_port=nodes[0].port)
+    return round._replace(state="running", members=members, master_port=nodes[0].port)
 
 
 def _of_running(view: View, terms: Terms, policy: Policy) -> Round | None:
@@ -161,8 +158,8 @@ def _of_running(view: View, terms: Terms, policy: Policy) -> Round | None:
         return after_failure(round, earliest(view.culprits), terms, policy)
     if len(ended) == len(round.members):
         if all(node.how == "succeeded" for node in ended):
-            return replace(
-                round, state="over", succeeded=True, culprit=None, why="all workers succeeded"
+            return round._replace(
+                state="over", succeeded=True, culprit=None, why="all workers succeeded"
             )
         return _opened(round, "a node has ended its workers")
     waiting = len(view.nodes) - len(here)
@@ -217,12 +214,11 @@ def after_failure(
     if culprit.port_taken and round.retries < _PORT_RETRIES:
         return _opened(round, "rank 0's port was taken", retries=round.retries + 1)
     broken = round.broken + 1 if culprit.uptime_s < policy.min_uptime_s else 0
-    over = replace(round, state="over", succeeded=False, culprit=culprit, why=why, broken=broken)
+    over = round._replace(state="over", succeeded=False, culprit=culprit, why=why, broken=broken)
     if round.restarts >= terms.max_restarts:
         return over
     if broken >= policy.max_broken_starts:
-        return replace(
-            over,
+        return over._replace(
             why=f"{why}: {broken} times in a row sooner than {policy.min_uptime_s:g} s after its "
             "start, which no restart mends",
         )
@@ -234,4 +230,4 @@ def after_failure(
         broken=broken,
         delay_s=policy.delay_s(in_a_row, spread()),
     )
-    return replace(again, culprit=culprit)
+    return again._replace(culprit=culprit)

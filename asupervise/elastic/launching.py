@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from asupervise.elastic.blueprint import Blueprint
 from asupervise.elastic.config import LaunchConfig, Place
 from asupervise.elastic.culprits import failure_of
 from asupervise.elastic.meeting import random_id
-from asupervise.elastic.node import this_node
+from asupervise.elastic.node import own_gpus, this_node
 from asupervise.elastic.rendezvous import Request
 from asupervise.elastic.running import run, serve
 from asupervise.errors import SupervisorError
@@ -78,6 +79,9 @@ async def launch(
         max_restarts=config.max_restarts,
         master_addr=request.master_addr,
         prefix_template=config.log_line_prefix_template,
+        gpu_visibility=(
+            own_gpus(config.nproc_per_node, os.environ) if config.virtual_local_rank else {}
+        ),
         virtual_local_rank=config.virtual_local_rank,
     )
     if config.restart == "worker":

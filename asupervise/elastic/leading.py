@@ -7,7 +7,6 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Final
 
 from asupervise.elastic.board import FAILED, FOR_GOOD, LEADER, ROUND, Board
@@ -175,8 +174,8 @@ class Leading:
             return Round(0, "open", why="the run begins")
         if last.state == "over":
             return last
-        return replace(
-            last, number=last.number + 1, state="open", members=(), why="the engine lost its data",
+        return last._replace(
+            number=last.number + 1, state="open", members=(), why="the engine lost its data",
             order=tuple(m.id for m in last.members) or last.order,
         )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -131,9 +130,9 @@ def _scheduled(wish: _Wish, found: Found) -> Meeting:
     )
     request = settle(asked, found)
     if options.rdzv_id == "none":
-        request = dataclasses.replace(request, run_id=found.run_id or random_id())
+        request = request._replace(run_id=found.run_id or random_id())
     if request.master_addr is None:
-        request = dataclasses.replace(request, master_addr=options.local_addr or "127.0.0.1")
+        request = request._replace(master_addr=options.local_addr or "127.0.0.1")
     nodes, port = request.terms.max_nodes, request.master_port
     return Meeting(
         "static",

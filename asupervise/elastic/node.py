@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 
 from asupervise.elastic.agent import Standing
 from asupervise.elastic.ports import HeldPort
 from asupervise.elastic.records import Member, Node, Round
 from asupervise.elastic.rendezvous import Request
 
-__all__ = ["preview", "this_node"]
+__all__ = ["own_gpus", "preview", "this_node"]
 
 
 def this_node(
@@ -69,3 +70,17 @@ def preview(request: Request) -> Standing:
         with HeldPort() as held:
             port = held.number
     return Standing(Round(0, "running", members=members, master_port=port), place, 0)
+
+
+def own_gpus(nproc: int, environ: Mapping[str, str]) -> dict[int, dict[str, str]]:
+    """By local rank, the variables that leave each worker one GPU: for a virtual local rank.
+
+    Args:
+        nproc: how many workers.
+        environ: what they inherit, which may hide GPUs.
+    """
+    from asupervise.binding import gpu_visibility
+    from asupervise.topology import read_gpus
+
+    gpus = read_gpus()
+    return {rank: gpu_visibility(gpus, rank, environ) for rank in range(nproc)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
@@ -80,7 +79,7 @@ async def serve(
     if request.terms.max_nodes > 1:
         raise NotSupportedError("--restart worker: services run on one node each")
     with HeldPort() as port:
-        asked = replace(request, master_port=request.master_port or port.number)
+        asked = request._replace(master_port=request.master_port or port.number)
         standing = preview(asked)
         arguments = blueprint.start_arguments(standing, os.environ)
         arguments.pop("subreaper", None)
@@ -95,7 +94,7 @@ async def serve(
         ) as services:
             hooks.on_group(services)
             result = await services.wait()
-    over = replace(standing.round, state="over", succeeded=not result.is_failed())
+    over = standing.round._replace(state="over", succeeded=not result.is_failed())
     return Outcome(over, result, standing)
 
 

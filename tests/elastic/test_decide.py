@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -153,7 +151,7 @@ def test_all_have_succeeded() -> None:
 )
 def test_a_new_round_that_is_no_failure(known: list[Node], why: str) -> None:
     before = running("ab", 4, restarts=2, broken=1)
-    known = [replace(n, done=4 if n.done == 0 else n.done) for n in known]
+    known = [n._replace(done=4 if n.done == 0 else n.done) for n in known]
     opened = decide(View(before, nodes(*known)), Terms(1, 3), POLICY, NOW)
     assert opened == Round(5, "open", restarts=2, broken=1, why=why, order=("a", "b"))
 
@@ -214,7 +212,7 @@ def test_who_failed_first(known: list[tuple[str, float, float]], first: str) -> 
 def test_what_follows_a_failure(before: dict, more: dict, state: str, expected: dict) -> None:
     before = dict(before)
     terms = Terms(1, 1, max_restarts=before.pop("max", 0))
-    failed = replace(culprit("a"), **more)
+    failed = culprit("a")._replace(**more)
     next_ = after_failure(running("a", 4, **before), failed, terms, POLICY, lambda: 1.0)
     assert next_.state == state
     assert next_.number == (4 if state == "over" else 5)
@@ -224,10 +222,10 @@ def test_what_follows_a_failure(before: dict, more: dict, state: str, expected: 
 
 
 def test_waits_double_and_begin_anew_after_a_stable_run() -> None:
-    terms, policy = Terms(1, 1, 10), replace(POLICY, backoff_s=1.0, backoff_max_s=5.0)
+    terms, policy = Terms(1, 1, 10), POLICY._replace(backoff_s=1.0, backoff_max_s=5.0)
 
     def delay_s(restarts: int, uptime_s: float) -> float:
-        failed = replace(culprit("a"), uptime_s=uptime_s)
+        failed = culprit("a")._replace(uptime_s=uptime_s)
         before = running("a", restarts=restarts)
         return after_failure(before, failed, terms, policy, lambda: 1.0).delay_s
 
@@ -316,7 +314,7 @@ def test_whatever_happens(
     terms: Terms,
     clock: Clock,
 ) -> None:
-    round = replace(round, restarts=min(round.restarts, terms.max_restarts))
+    round = round._replace(restarts=min(round.restarts, terms.max_restarts))
     view = View(round, nodes(*known), culprits)
     decision = decide(view, terms, POLICY, clock)
     if decision is None:

@@ -420,7 +420,7 @@ def test_the_port_is_in_its_range(job: int, step: int) -> None:
 
 def a_request(**fields: Any) -> Request:
     node = Node("id", "here", "127.0.0.1", 2)
-    return replace(Request("run", node, Terms(1, 1), Policy()), **fields)
+    return Request("run", node, Terms(1, 1), Policy())._replace(**fields)
 
 
 def test_the_request_is_completed() -> None:

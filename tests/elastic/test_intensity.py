@@ -161,7 +161,7 @@ def test_a_single_broken_start_may_be_enough() -> None:
 def test_the_wait_is_bounded_and_jittered(
     past: Past, uptime_s: float, spread: float, backoff_s: float, backoff_max_s: float
 ) -> None:
-    policy = replace(PATIENT, backoff_s=backoff_s, backoff_max_s=backoff_max_s)
+    policy = PATIENT._replace(backoff_s=backoff_s, backoff_max_s=backoff_max_s)
     end = End(failed=True, uptime_s=uptime_s)
     follows = after_end(past, Window(), end, limits(policy=policy), 0.0, spread=lambda: spread)
     assert isinstance(follows, Anew)
@@ -172,14 +172,14 @@ def test_the_wait_is_bounded_and_jittered(
 
 
 def test_the_wait_doubles_up_to_its_limit_and_begins_anew_after_a_long_run() -> None:
-    policy = replace(PATIENT, backoff_s=1.0, backoff_max_s=5.0, stable_s=300.0)
+    policy = PATIENT._replace(backoff_s=1.0, backoff_max_s=5.0, stable_s=300.0)
     steps = [(1.0, FAILED)] * 5 + [(1.0, End(failed=True, uptime_s=300.0)), (1.0, FAILED)]
     followed = replay(limits(policy=policy), steps)
     assert [f.delay_s for f in followed if isinstance(f, Anew)] == [1, 2, 4, 5, 5, 1, 2]
 
 
 def test_each_worker_has_its_own_wait_and_all_have_one_window() -> None:
-    given = limits(max_restarts=1, policy=replace(PATIENT, backoff_s=1.0))
+    given = limits(max_restarts=1, policy=PATIENT._replace(backoff_s=1.0))
     first = after_end(Past(), Window(), FAILED, given, 0.0, spread=lambda: 1.0)
     assert isinstance(first, Anew)
     assert first.delay_s == 1.0

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import pytest
@@ -244,7 +243,7 @@ class Nodes:
         engine = await soon(self.backend.engine())
         self._stack.push_async_callback(engine.close)
         node = Node(f"{name}-{secrets.token_hex(2)}", name, f"10.0.0.{name}", nproc, "default")
-        opened = Coordinator.open(engine, replace(node, node_rank=node_rank), terms, policy)
+        opened = Coordinator.open(engine, node._replace(node_rank=node_rank), terms, policy)
         return Peer(name, engine, await soon(self._stack.enter_async_context(opened)))
 
     async def started(
@@ -324,7 +323,7 @@ async def test_a_round_begins_at_once_when_all_are_there(nodes: Nodes, count: in
 
 
 async def test_a_round_begins_with_the_fewest_after_the_last_call(nodes: Nodes) -> None:
-    policy = replace(QUICK, last_call_s=0.5)
+    policy = QUICK._replace(last_call_s=0.5)
     before = time.monotonic()
     peers = await nodes.started("ab", Terms(2, 3), policy)
     assert time.monotonic() - before >= 0.5
@@ -389,7 +388,7 @@ async def test_a_spare_is_told_when_the_run_is_over(nodes: Nodes) -> None:
 
 
 async def test_a_late_node_with_room_causes_a_new_round_without_a_restart(nodes: Nodes) -> None:
-    terms, policy = Terms(1, 3), replace(QUICK, last_call_s=1.0)
+    terms, policy = Terms(1, 3), QUICK._replace(last_call_s=1.0)
     (one,) = await nodes.started("a", terms, policy)
     late = await nodes.add("b", terms, policy)
     joining = asyncio.ensure_future(late.join())
@@ -425,7 +424,7 @@ async def test_below_the_fewest_it_waits_for_another(nodes: Nodes) -> None:
 
 
 async def test_who_waits_for_too_long_gives_up_and_says_so(nodes: Nodes) -> None:
-    policy = replace(QUICK, join_timeout_s=0.5)
+    policy = QUICK._replace(join_timeout_s=0.5)
     one = await nodes.add("a", Terms(2, 3), policy)
     over = await one.join()
     assert (over.state, over.succeeded) == ("over", False)
@@ -483,7 +482,7 @@ async def test_restarts_are_counted_over_the_job(nodes: Nodes) -> None:
 
 
 async def test_a_start_that_is_broken_is_not_tried_for_ever(nodes: Nodes) -> None:
-    policy = replace(QUICK, max_broken_starts=2)
+    policy = QUICK._replace(max_broken_starts=2)
     (one,) = await nodes.started("a", Terms(1, 1, max_restarts=100), policy)
     await one.fail(uptime_s=0.1)
     assert (await one.join()).state == "running"
@@ -506,7 +505,7 @@ async def test_a_port_that_was_taken_costs_no_restart_but_not_for_ever(nodes: No
 
 
 async def test_a_restart_waits_for_the_backoff(nodes: Nodes) -> None:
-    policy = replace(QUICK, backoff_s=1.0)
+    policy = QUICK._replace(backoff_s=1.0)
     (one,) = await nodes.started("a", Terms(1, 1, max_restarts=1), policy)
     await one.fail()
     before = time.monotonic()
@@ -652,7 +651,7 @@ async def test_a_lease_that_ends_while_it_waits_is_no_harm(nodes: Nodes) -> None
 
 @pytest.mark.parametrize("terms", [Terms(1, 3), Terms(2, 2), Terms(1, 2, max_restarts=1)])
 async def test_other_terms_are_refused(nodes: Nodes, terms: Terms) -> None:
-    await nodes.started("a", Terms(1, 2), replace(QUICK, last_call_s=0.0))
+    await nodes.started("a", Terms(1, 2), QUICK._replace(last_call_s=0.0))
     said = f"--nnodes={terms.min_nodes}:{terms.max_nodes} --max-restarts={terms.max_restarts}"
     with pytest.raises(TermsError) as caught:
         await (await nodes.add("b", terms)).join()
@@ -776,7 +775,7 @@ async def test_a_node_that_is_cut_off_is_fenced_and_comes_back() -> None:
 async def test_who_waits_behind_a_cut_link_gives_up_in_the_end() -> None:
     backend = MemoryBackend()
     async with nodes_on(backend) as nodes:
-        one = await nodes.add("a", Terms(2, 2), replace(QUICK, join_timeout_s=1.0))
+        one = await nodes.add("a", Terms(2, 2), QUICK._replace(join_timeout_s=1.0))
         joining = asyncio.ensure_future(one.join())
         await nodes.present(one)
         backend.engines.cut(one.engine)

@@ -18,11 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asupervise import procfs, start_processes
+from asupervise import EventBus, procfs, start_processes
 from asupervise.elastic.agent import Agent, Standing
 from asupervise.elastic.gate import Gate
 from asupervise.elastic.interruption import Interruption
 from asupervise.elastic.records import Culprit, Member, Node, Round
+from asupervise.elastic.telling import RunTeller
 from asupervise.elastic.watchdog import Watchdog, deadlines_of, watched
 from asupervise.elastic.watchdog_main import Orders, end_group
 from asupervise.procs import StartingProcesses
@@ -474,7 +475,9 @@ def sleeping(standing: Standing) -> StartingProcesses:
 async def test_workers_that_it_has_killed_have_not_failed(lasts_s: float) -> None:
     """Also where they are not even started, because the lease has ended before."""
     rendezvous = OneRound(lasts_s)
-    run = Agent(rendezvous, sleeping, shutdown_timeout_s=30.0, gate=Gate(max_restarts=0))
+    told = RunTeller(EventBus(), "run", max_restarts=0)
+    gate = Gate(max_restarts=0)
+    run = Agent(rendezvous, sleeping, shutdown_timeout_s=30.0, gate=gate, told=told)
     async with asyncio.timeout(20):
         outcome = await run.run()
     assert rendezvous.told == ["rejoin"]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
-from typing import Protocol
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from asupervise.elastic.decide import Policy
 from asupervise.elastic.interruption import Interruption
@@ -19,8 +19,7 @@ from asupervise.elastic.records import Culprit, Node, Round, Terms
 __all__ = ["Opener", "Rendezvous", "Request"]
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a backend is given.
 
     Attributes:
@@ -39,7 +38,7 @@ class Request:
     terms: Terms
     policy: Policy
     endpoint: str = ""
-    conf: Mapping[str, str] = field(default_factory=dict)
+    conf: Mapping[str, str] = MappingProxyType({})
     master_addr: str | None = None
     master_port: int | None = None
 

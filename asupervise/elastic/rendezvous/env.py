@@ -10,7 +10,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Final
 
 from asupervise.elastic.rendezvous import Request
@@ -55,10 +54,9 @@ def settle(request: Request, found: Found | None) -> Request:
     if nodes > 1 and address is None:
         hint = _WHERE.get(found.scheduler, "set MASTER_ADDR, or --master-addr HOST")
         raise SchedulerError(f"nobody says where node 0 is; {found.why}", hint=hint)
-    return replace(
-        request,
-        node=replace(request.node, node_rank=found.node_rank),
-        terms=replace(request.terms, min_nodes=nodes, max_nodes=nodes),
+    return request._replace(
+        node=request.node._replace(node_rank=found.node_rank),
+        terms=request.terms._replace(min_nodes=nodes, max_nodes=nodes),
         master_addr=address,
         master_port=request.master_port or port or found.master_port,
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
 from asupervise.elastic.decide import after_failure
 from asupervise.elastic.interruption import Interruption
@@ -27,7 +26,7 @@ class StaticRendezvous:
         self._request = request
         self._place = request.node.node_rank or 0
         count = request.terms.max_nodes
-        me = replace(request.node, id=_id(self._place), node_rank=self._place)
+        me = request.node._replace(id=_id(self._place), node_rank=self._place)
         self.node: Node = me
         first = request.master_addr or (me.address if count == 1 else "")
         self._members = tuple(
@@ -49,8 +48,7 @@ class StaticRendezvous:
         if self._round.state == "open":
             self.on_opened(self._round)
             await asyncio.sleep(self._round.delay_s)
-            self._round = replace(
-                self._round,
+            self._round = self._round._replace(
                 state="running",
                 members=self._members,
                 master_port=self._request.master_port or port,
@@ -79,8 +77,7 @@ class StaticRendezvous:
             request = self._request
             self._round = after_failure(self._round, self._culprit, request.terms, request.policy)
         elif how == "succeeded":
-            self._round = replace(
-                self._round,
+            self._round = self._round._replace(
                 state="over",
                 succeeded=True,
                 culprit=None,
@@ -88,7 +85,7 @@ class StaticRendezvous:
             )
         else:
             why = "the workers were ended"
-            self._round = replace(self._round, state="over", culprit=None, why=why)
+            self._round = self._round._replace(state="over", culprit=None, why=why)
 
     async def rejoin(self) -> None:
         return

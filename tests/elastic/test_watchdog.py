@@ -33,7 +33,8 @@ from tests.workers import PYTHON, gone, is_alive, shell
 
 __all__ = ["etcd"]  # a fixture
 
-TOKEN = "asv-0123456789abcdef"
+# Its own in each run of the tests: whoever holds it is killed, whoever started it.
+TOKEN = f"asv-{os.getpid():016x}"
 # Later than any deadline of ours; on a machine that has much else to do.
 LATE_S = 5.0
 

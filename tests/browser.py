@@ -73,7 +73,8 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
 
     Further options are those of Playwright's ``Browser.new_context``: ``offline=True``,
     ``java_script_enabled=False``. An exception in a page's script, and an error on its console
-    (such as what its Content-Security-Policy has refused), fails the test at its end.
+    (such as what its Content-Security-Policy has refused, or an answer of 404), fails the test at
+    its end, unless ``tolerates="part of the error"`` says that it belongs to the test.
     """
     errors: list[str] = []
     with ExitStack() as stack:
@@ -87,6 +88,7 @@ def _open(
     errors: list[str],
     size: tuple[int, int] = DESKTOP,
     dark: bool = False,
+    tolerates: str | None = None,
     **options: Any,
 ) -> Page:
     context = browser.new_context(
@@ -97,11 +99,13 @@ def _open(
     stack.enter_context(context)
     context.set_default_timeout(CEILING_MS)
     opened = context.new_page()
-    opened.on("pageerror", lambda error: errors.append(f"exception in {opened.url}: {error}"))
-    opened.on(
-        "console",
-        lambda said: errors.append(f"{opened.url}: {said.text}") if said.type == "error" else None,
-    )
+
+    def complain(text: str) -> None:
+        if tolerates is None or tolerates not in text:
+            errors.append(f"{opened.url}: {text}")
+
+    opened.on("pageerror", lambda error: complain(f"exception: {error}"))
+    opened.on("console", lambda said: complain(said.text) if said.type == "error" else None)
     return opened
 
 

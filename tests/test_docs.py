@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text()
 PAGES = [
     ROOT / name
     for name in (
-        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/functions.md"
+        "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/functions.md",
+        "examples/job_service/README.md",
     )
 ]  # fmt: skip
 

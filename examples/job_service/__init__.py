@@ -1,0 +1,1 @@
+"""A small web service that runs jobs: see README.md beside this file."""

@@ -1,12 +1,17 @@
 # `make` alone shows what there is. PYTHON says which interpreter makes .venv (3.11 or later).
 PYTHON ?= python3
 VENV := .venv
+DOCS_VENV := .venv-docs
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+# The variable keeps an announcement of mkdocs-material's out of the output; the date of the last
+# commit makes two builds of it equal.
+MKDOCS = NO_MKDOCS_2_WARNING=1 SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) \
+	$(DOCS_VENV)/bin/python -m mkdocs
 DEMO_ARGS := --nproc-per-node 4 --tee 3 examples/word_count.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-cluster chaos chaos-nodes bench lint format \
+.PHONY: help demo test test-torch test-cluster chaos chaos-nodes bench docs docs-serve lint format \
 	system-packages cluster-packages clean
 
 help:  ## show this list
@@ -33,6 +38,13 @@ chaos-nodes: $(VENV)/.installed-test cluster-packages  ## random faults on three
 bench: $(VENV)/.installed  ## how fast it is, beside its peers and limits (BENCH_ARGS=--help)
 	$(PY) -m benchmarks.install_peers
 	$(PY) -m benchmarks $(BENCH_ARGS)
+
+docs: $(DOCS_VENV)/.installed  ## build the documentation into site/; a warning is an error
+	$(MKDOCS) build --strict
+	@echo "site/index.html"
+
+docs-serve: $(DOCS_VENV)/.installed  ## show it at http://127.0.0.1:8000, anew after each change
+	$(MKDOCS) serve --strict
 
 lint: $(VENV)/.installed-test  ## ruff and mypy --strict
 	$(PY) -m ruff check --quiet
@@ -81,11 +93,16 @@ $(VENV)/.installed-torch: $(VENV)/.installed-test
 	$(PIP) install --quiet torch==2.13.0 numpy
 	@touch $@
 
-$(PY):
+# An environment of its own: what tests and mypy find must not depend on `make docs`.
+$(DOCS_VENV)/.installed: pyproject.toml | $(DOCS_VENV)/bin/python
+	$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -e '.[docs]'
+	@touch $@
+
+$(PY) $(DOCS_VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "asupervise needs Python 3.11 or later: make PYTHON=python3.12 ..." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(dir $(@D))
 
 clean:  ## remove .venv and everything built or cached
-	rm -rf $(VENV) .venv-bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-bench $(DOCS_VENV) site build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

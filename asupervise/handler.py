@@ -196,10 +196,12 @@ class SubprocessHandler:
 
     @property
     def local_rank(self) -> int:
+        """The worker's rank on its node."""
         return self.plan.local_rank
 
     @property
     def running(self) -> bool:
+        """Whether its exit has not been learnt yet."""
         return self.exit is None
 
     async def wait_exit(self) -> Exit:

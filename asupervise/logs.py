@@ -195,9 +195,15 @@ class DefaultLogsSpecs(LogsSpecs):
 
     @property
     def root_log_dir(self) -> str:
+        """As given; ``""`` where the run's folder is a temporary one."""
         return self._root_log_dir or ""
 
     def reify(self, envs: Mapping[int, Mapping[str, str]]) -> LogsDest:
+        """Name the files; see :meth:`LogsSpecs.reify`. Makes none of them.
+
+        Attempts of one run have one folder; an attempt that has been named already begins a new
+        run, so that nobody's files are overwritten.
+        """
         ranks = range(len(envs))
         if self._root_log_dir == os.devnull:
             return self._nowhere(ranks)

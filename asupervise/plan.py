@@ -81,6 +81,7 @@ class GroupPlan:
 
     @property
     def nprocs(self) -> int:
+        """The number of workers."""
         return len(self.workers)
 
 

@@ -156,8 +156,18 @@ def plan_processes(
 ) -> GroupPlan:
     """What :func:`start_processes` would do with the same arguments; starts nothing.
 
+    Returns:
+        A frozen value: one :class:`WorkerPlan` a worker, with its argv, environment and files.
+
     Raises:
-        as :func:`start_processes`.
+        RankMapError, ValueError, TypeError: as :func:`start_processes` at the call.
+        FileNotFoundError, PermissionError: for a program that is missing or not executable.
+        BindingError: if the binding is not possible here.
+
+    Example:
+        >>> plan = plan_processes("echo", "echo", {0: ("a",), 1: ("b",)}, {0: {}, 1: {}})
+        >>> [worker.argv for worker in plan.workers]
+        [('echo', 'a'), ('echo', 'b')]
     """
     starting = start_processes(
         name, entrypoint, args, envs, logs_specs, log_line_prefixes, start_method, numa_options,

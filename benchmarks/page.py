@@ -5,6 +5,7 @@ They are written beside it. Where matplotlib is not installed the page has no pl
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (path,) = map(Path, argv if argv is not None else sys.argv[1:])
     made = read(path)
     plots = _plots(made, path.parent / "plots")
-    (path.parent / "RESULTS.md").write_text("\n".join(_page(made, plots)) + "\n")
+    how = os.path.relpath(Path(__file__).with_name("README.md"), path.parent)
+    (path.parent / "RESULTS.md").write_text("\n".join(_page(made, plots, how)) + "\n")
     return 0
 
 
@@ -46,9 +48,9 @@ def _plots(made: Document, folder: Path) -> dict[str, list[Path]] | None:
     }
 
 
-def _page(made: Document, plots: dict[str, list[Path]] | None) -> Iterator[str]:
+def _page(made: Document, plots: dict[str, list[Path]] | None, how: str) -> Iterator[str]:
     yield from (_MADE_BY, "", "# How fast asupervise is, beside its peers", "")
-    yield from _circumstances(made)
+    yield from _circumstances(made, how)
     if plots is None:
         yield from ("There are no plots: matplotlib is not installed.", "")
     yield from _goals(made["topics"])
@@ -56,7 +58,7 @@ def _page(made: Document, plots: dict[str, list[Path]] | None) -> Iterator[str]:
         yield from _topic(topic, [] if plots is None else plots[topic["name"]])
 
 
-def _circumstances(made: Document) -> Iterator[str]:
+def _circumstances(made: Document, how: str) -> Iterator[str]:
     machine = made["machine"]
     minutes = made["seconds"] / 60
     peers = ", ".join(f"{name} {version}" for name, version in made["peers"].items()) or "none"
@@ -72,7 +74,7 @@ def _circumstances(made: Document) -> Iterator[str]:
         "Absolute figures of a shared machine are not worth much; what was measured in turn, a "
         "moment apart, can be compared. In the tables: the median of the rounds, in brackets "
         "their quartiles, and behind &times; the ratio to the limit: the median of the ratios "
-        "taken round by round. [README.md](README.md) says how each is measured."
+        f"taken round by round. [README.md]({how}) says how each is measured."
     )
     yield ""
     for what in made["left_out"]:

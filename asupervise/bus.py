@@ -194,6 +194,7 @@ class Subscription:
 
     @property
     def dropped(self) -> int:
+        """How many events were dropped because they were not taken in time."""
         return self._queue.dropped
 
     def _add(self, told: Told) -> None:

@@ -89,6 +89,8 @@ def public_names() -> str:
     for path in sorted((ROOT / "docs" / "reference").glob("*.md")):
         text = path.read_text()
         for name in re.findall(r"^::: asupervise\.(\w+)$", text, re.MULTILINE):
+            if name not in asupervise.__all__:
+                continue  # a module
             words = (getattr(asupervise, name).__doc__ or "").strip().partition("\n\n")[0]
             words = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", words.replace("\n", " "))
             page = text.partition("\n")[0].removeprefix("# ")

@@ -24,7 +24,11 @@ from tests.snippets import ROOT, Page, Snippet, commands_of, snippets_of
 
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))
+    for path in (
+        *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+    )
 )
 SNIPPETS = [snippet for page in PAGES for snippet in snippets_of(page)]
 # Blocks whose form is fixed: the README begins with two commands, which whoever runs this has run.

@@ -36,8 +36,9 @@ TEXTS = {
     "benchmarks/RESULTS.md": "benchmarks/results.md",
     "benchmarks/MISSED.md": "benchmarks/missed.md",
     "benchmarks/nodes/RESULTS.md": "benchmarks/nodes.md",
+    "examples/job_service/README.md": "examples/job_service/index.md",
 }
-_SHOWN = ("examples/**/*.py", "examples/**/*.html")
+_SHOWN = {".py": "python", ".html": "html", ".js": "javascript", ".css": "css"}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"^( *```+)([\w-]+)([^`\n]*)$", re.MULTILINE)
 _BLOCK = re.compile(r"^( *)(```+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
@@ -48,8 +49,8 @@ _REMOTE = re.compile(r'<(?:script|img|iframe|link rel="(?:stylesheet|preconnect)
 
 def shown_files() -> dict[str, str]:
     """Sources that are shown as pages: by path in the repository, their page."""
-    paths = sorted(path for pattern in _SHOWN for path in ROOT.glob(pattern))
-    names = [path.relative_to(ROOT).as_posix() for path in paths if "__pycache__" not in path.parts]
+    paths = sorted(path for path in (ROOT / "examples").rglob("*.*") if path.suffix in _SHOWN)
+    names = [path.relative_to(ROOT).as_posix() for path in paths if path.stat().st_size]
     return {name: f"{name}.md" for name in names}
 
 
@@ -62,7 +63,7 @@ def on_files(files: Any, config: Any) -> Any:
     for page, name in SOURCES.items():
         text = (ROOT / name).read_text()
         if name not in TEXTS:
-            language = "html" if name.endswith(".html") else "python"
+            language = _SHOWN[posixpath.splitext(name)[1]]
             text = (
                 f'# {posixpath.basename(name)}\n\n``````{language} title="{name}"\n{text}``````\n'
             )

@@ -24,10 +24,7 @@ __all__ = ["RunError", "failures_of", "launch"]
 
 
 class RunError(SupervisorError):
-    """The run has ended without success though no worker has failed: too few nodes, mostly.
-
-    Its message says why, as the node that decided has written it down.
-    """
+    """The run has ended without success though no worker has failed: too few nodes, mostly."""
 
 
 async def launch(

@@ -197,6 +197,7 @@ class Job:
 
     def __init__(self, number: int, id: str, spec: JobSpec) -> None:
         self.number, self.id, self.spec = number, id, spec
+        self.shown = spec.shown
         self.state = State.QUEUED
         self.created = time.time()
         self.started: float | None = None
@@ -257,8 +258,12 @@ class Job:
             self.culprit = _culprit(event)
             self.changed()
         if text := note(event):
-            self.output.add(printable(text), time=event.time)
-            self.bell.ring()
+            self.add_note(text, event.time)
+
+    def add_note(self, text: str, at: float | None = None) -> None:
+        """Say something among its lines."""
+        self.output.add(printable(text), time=time.time() if at is None else at)
+        self.bell.ring()
 
     def as_row(self) -> dict[str, Any]:
         """What the list of jobs shows."""
@@ -267,7 +272,7 @@ class Job:
             "number": self.number,
             "state": self.state,
             "stopping": self.stop_asked.is_set() and not self.ended,
-            "command": self.spec.shown,
+            "command": self.shown,
             "ranks": self.spec.ranks,
             "created": self.created,
             "started": self.started,
@@ -280,8 +285,10 @@ class Job:
         """Why it failed, in a line; "" where it has not."""
         if self.culprit is None:
             return self.error
-        lines = self.culprit.message.strip().splitlines() or [""]
-        return printable(f"rank {self.culprit.rank}: {self.culprit.how}: {lines[-1]}", 300)
+        found = self.culprit
+        said = found.message if found.traceback else found.stderr_tail
+        last = said.strip().rpartition("\n")[2]
+        return printable(f"rank {found.rank}: {found.how}" + (f": {last}" if last else ""), 300)
 
     def as_dict(self) -> dict[str, Any]:
         """What the page of this job shows, but for its output."""
@@ -315,10 +322,9 @@ def _take(rank: Rank, event: events.WorkerEvent) -> bool:
 
 
 def _culprit(event: events.WorkerFailed) -> Culprit:
-    how = _how(event.exitcode)
     return Culprit(
         rank=event.rank,
-        how=printable(f"{how} ({event.cause})" if event.cause else how),
+        how=printable(event.cause or _how(event.exitcode)),
         message=printable(event.message),
         traceback=printable(event.traceback, 16_384),
         stack=printable(event.stack),

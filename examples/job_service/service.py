@@ -35,6 +35,8 @@ from .jobs import Job, JobSpec, State
 from .output import Bell
 
 GRACE_S: Final = 5.0
+# How long the lines of a job that was cancelled are still read after its end.
+DRAIN_S: Final = 1.0
 
 
 class Refused(Exception):
@@ -195,18 +197,24 @@ class JobService:
             shutdown_timeout=self.grace_s,
         )
         async with starting as ctx, asyncio.TaskGroup() as tasks:
-            tasks.create_task(_copy_lines(job, ctx))
+            copier = tasks.create_task(_copy_lines(job, ctx))
             tasks.create_task(_copy_events(job, ctx))
-            stopper = tasks.create_task(self._stop_when_asked(job, ctx))
+            stopper = tasks.create_task(self._stop_when_asked(job, ctx, copier))
             result = await ctx.wait()
+            await asyncio.wait({copier})
             stopper.cancel()
         if ctx.log_dir:
             job.keep_files(Path(ctx.log_dir))
         return result
 
-    async def _stop_when_asked(self, job: Job, ctx: PContext) -> None:
+    async def _stop_when_asked(self, job: Job, ctx: PContext, copier: asyncio.Task[None]) -> None:
         await job.stop_asked.wait()
         await ctx.close(timeout=self.grace_s)
+        # A job may have written in a second what takes a minute to read.
+        await asyncio.wait({copier}, timeout=DRAIN_S)
+        if not copier.done():
+            copier.cancel()
+            job.add_note("its last lines are in its files only")
 
     def _forget_the_oldest(self) -> None:
         ended = [job for job in self._jobs.values() if job.ended_at is not None]

@@ -36,6 +36,8 @@ def printable(text: str, limit: int = 4096) -> str:
         '0123 ... (6 more characters)'
     """
     left_out = len(text) - limit
+    if left_out <= 0 and text.isprintable():
+        return text  # as most lines
     text = _SEQUENCES.sub("", text[:limit]).translate(_TABLE)
     # Bytes that were no UTF-8 may be lone surrogates, which nobody can encode.
     text = text.encode("utf-8", "replace").decode("utf-8")

@@ -62,10 +62,12 @@ export function follow(path, handlers) {
   const stream = new EventSource(path);
   const lost = $("lost");
   stream.addEventListener("open", () => { lost.hidden = true; });
-  stream.addEventListener("error", () => { lost.hidden = false; });
+  stream.addEventListener("error", () => {
+    const gone = stream.readyState === EventSource.CLOSED;
+    setText(lost, gone ? "The service knows nothing of this any more." : "No connection to the service. Trying again …");
+    lost.hidden = false;
+  });
   for (const [name, handle] of Object.entries(handlers)) {
-    stream.addEventListener(name, (event) => handle(JSON.parse(event.data)));
+    stream.addEventListener(name, (event) => handle(JSON.parse(event.data), stream));
   }
-  stream.addEventListener("end", () => stream.close());
-  return stream;
 }

@@ -94,14 +94,22 @@ function line(item) {
   return made;
 }
 
+const count = (lines) => `${lines.toLocaleString("en")} ${lines === 1 ? "line" : "lines"}`;
+let missed = 0;
+
 function showOutput(news) {
   const added = document.createDocumentFragment();
   if (news.lost) {
-    added.append(element("li", "note lost", `${news.lost} lines came too fast to be shown here: they are in its files`));
+    added.append(element("li", "note lost", `${count(news.lost)} came too fast to be shown here`));
   }
   for (const item of news.items) added.append(line(item));
   output.append(added);
-  while (output.children.length > MAX_LINES) output.firstChild.remove();
+  missed += news.lost;
+  while (output.children.length > MAX_LINES) {
+    if (!output.firstChild.classList.contains("lost")) missed += 1;
+    output.firstChild.remove();
+  }
+  if (missed) setText($("missed"), `${count(missed)} not shown: the files have them`);
   if ($("follow").checked) output.scrollTop = output.scrollHeight;
 }
 
@@ -129,6 +137,6 @@ $("cancel").addEventListener("click", async () => {
 if ((await fetch(path)).status === 404) {
   $("missing").hidden = false;
 } else {
-  follow(`${path}/stream`, { job: show, output: showOutput });
+  follow(`${path}/stream`, { job: show, output: showOutput, end: (_, stream) => stream.close() });
   setInterval(() => { if (job && job.ended === null) showFacts(); }, 1000);
 }

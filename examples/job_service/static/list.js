@@ -20,9 +20,9 @@ function makeRow(job) {
 
 function showRow(row, job) {
   const ranks = job.ranks === 1 ? "1 rank" : `${job.ranks} ranks`;
-  const waits = job.state === "queued" ? "waits" : `from ${timeOfDay(job.started ?? job.created)},`;
+  const since = job.state === "queued" ? "waits" : timeOfDay(job.started ?? job.created);
   showState(row.querySelector(".state"), job);
-  setText(row.querySelector(".meta"), `${ranks}, ${waits} ${took(job)}`);
+  setText(row.querySelector(".meta"), `${ranks} · ${since} · ${took(job)}`);
   setText(row.querySelector(".why"), job.why);
 }
 

@@ -174,8 +174,14 @@ class Subscription:
     dropped, and where there is none of these the oldest event: the newest always arrive.
 
     Attributes:
-        dropped: how many events were.
         records: see :meth:`EventBus.subscribe`.
+
+    Example::
+
+        subscription = ctx.events()
+        async for event in subscription:
+            print(event.kind)
+        print(subscription.dropped, "were dropped")
     """
 
     def __init__(

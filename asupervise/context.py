@@ -55,6 +55,11 @@ class PContext:
         error_files: by local rank, where ``@record`` writes its exception.
         log_dir: the run's folder, or None if it has none.
         survivors: processes that could not be ended, a sentence each; known at the end.
+
+    Example::
+
+        async with start_processes("trainer", "./train", {0: ()}, {0: {}}) as ctx:
+            result = await ctx.wait()
     """
 
     def __init__(

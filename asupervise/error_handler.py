@@ -156,7 +156,12 @@ class ErrorHandler:
 
 
 def get_error_handler() -> ErrorHandler:
-    """The handler that `record` uses where it is given none."""
+    """The handler that `record` uses where it is given none.
+
+    Example:
+        >>> type(get_error_handler()).__name__
+        'ErrorHandler'
+    """
     return ErrorHandler()
 
 

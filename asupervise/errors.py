@@ -68,11 +68,22 @@ class SupervisorError(Exception):
 
 
 class RankMapError(SupervisorError, RuntimeError):
-    """A map by local rank is empty or has gaps, or two maps are of different ranks."""
+    """A map by local rank is empty or has gaps, or two maps are of different ranks.
+
+    Example:
+        >>> start_processes("job", "true", args={0: (), 2: ()}, envs={0: {}, 2: {}})
+        Traceback (most recent call last):
+        ...
+        asupervise.errors.RankMapError: args: expected local ranks 0..1, got [0, 2]: missing [1]...
+    """
 
 
 class BindingError(SupervisorError, RuntimeError):
-    """A worker cannot be bound to CPUs or memory as asked."""
+    """A worker cannot be bound to CPUs or memory as asked: no GPU, no tool, no permission.
+
+    ``NumaOptions(should_fall_back_if_binding_fails=True)`` starts it unbound instead. Its `hint`
+    names what to install, or what to ask for instead.
+    """
 
 
 class NotPermittedError(SupervisorError):
@@ -80,15 +91,24 @@ class NotPermittedError(SupervisorError):
 
 
 class NotPicklableError(SupervisorError, TypeError):
-    """A function or an argument that cannot be pickled, and so cannot travel to a worker."""
+    """A function or an argument that cannot be pickled, and so cannot travel to a worker.
+
+    The message names the local rank and the argument. Nothing has been started.
+    """
 
 
 class ZygoteError(SupervisorError, RuntimeError):
-    """The zygote cannot fork workers: an import failed, it holds threads, or it has ended."""
+    """The zygote cannot fork workers: an import failed, it holds threads, or it has ended.
+
+    The message has the traceback of the import, or names the import that left the thread behind.
+    """
 
 
 class NotSupportedError(SupervisorError, ValueError):
-    """Something valid was asked for that is not there: a flag, a platform, a feature."""
+    """Something valid was asked for that is not there: logs specs, a platform, a feature.
+
+    The message names what is there instead, where that is a list.
+    """
 
 
 class SignalException(Exception):

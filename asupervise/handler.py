@@ -100,6 +100,10 @@ class SubprocessHandler:
     that its group can be signalled as a whole and a terminal's Ctrl-C reaches the supervisor
     alone.
 
+    Args:
+        plan: argv, environment, files.
+        on_exit: called in the loop when it has ended.
+
     Attributes:
         plan: what was started.
         pid: its process id, which is its process group's and session's id as well.

@@ -44,6 +44,10 @@ class LogLine(NamedTuple):
             is what stood there in the end.
         continues: whether more of the line follows in the next one of this file: a line longer
             than 1 MiB comes in pieces.
+
+    Example:
+        >>> LogLine(rank=9, local_rank=1, stream="stdout", time=1.5, text="ready").text
+        'ready'
     """
 
     rank: int

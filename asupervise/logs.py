@@ -25,7 +25,12 @@ _ENTRY_POINT_GROUPS = ("asupervise.logs_specs", "torchrun.logs_specs")
 
 
 class Std(IntFlag):
-    """Which of a worker's standard streams are meant, as a bit mask."""
+    """Which of a worker's standard streams are meant, as a bit mask.
+
+    Example:
+        >>> Std.OUT | Std.ERR is Std.ALL
+        True
+    """
 
     NONE = 0
     OUT = 1
@@ -77,6 +82,10 @@ def _bad_mask(text: str, why: str) -> ValueError:
 def to_map(val_or_map: Std | Mapping[int, Std], local_world_size: int) -> dict[int, Std]:
     """A mask for each local rank ``0..local_world_size-1``; ranks not named get ``Std.NONE``.
 
+    Args:
+        val_or_map: one mask for all, or masks by local rank.
+        local_world_size: how many workers this node runs.
+
     Example:
         >>> to_map({1: Std.OUT}, local_world_size=2)
         {0: <Std.NONE: 0>, 1: <Std.OUT: 1>}
@@ -100,6 +109,10 @@ class LogsDest:
         filtered_stderr: likewise for stderr.
         run_dir: the run's folder, above its attempts; ``""`` if there is none.
         temporary: whether `run_dir` is to be removed after success.
+
+    Example:
+        >>> LogsDest(stdouts={0: "/logs/out.0"}, stderrs={0: ""}).stdouts[0]
+        '/logs/out.0'
     """
 
     stdouts: dict[int, str] = field(default_factory=dict)
@@ -133,6 +146,19 @@ class LogsSpecs(ABC):
         tee: streams that go to files and, with a prefix before each line, to the console.
         local_ranks_filter: the local ranks shown on the console; None for all. Files are
             written for every rank.
+
+    Example:
+        >>> class OneFile(LogsSpecs):
+        ...     def reify(self, envs):
+        ...         path = f"{self.root_log_dir}/all.log"
+        ...         paths = {rank: path for rank in envs}
+        ...         return LogsDest(stdouts=paths, stderrs=paths)
+        ...
+        ...     @property
+        ...     def root_log_dir(self):
+        ...         return self._root_log_dir or "/tmp"
+        >>> OneFile("/logs").reify({0: {}, 1: {}}).stdouts[1]
+        '/logs/all.log'
     """
 
     def __init__(
@@ -166,10 +192,12 @@ class LogsSpecs(ABC):
 class DefaultLogsSpecs(LogsSpecs):
     """torch's layout: ``<log_dir>/<run_id>_<random>/attempt_<n>/<local_rank>/{stdout,stderr}.log``.
 
-    Without a `log_dir` the run's folder is a temporary one, removed after success.
+    Without a `log_dir` the run's folder is a temporary one, removed after success. The arguments
+    are those of :class:`LogsSpecs`.
 
     Raises:
         NotADirectoryError: if `log_dir` is a file.
+        PermissionError: if it is not writable.
 
     Example:
         >>> specs = DefaultLogsSpecs("/logs", tee=Std.OUT)

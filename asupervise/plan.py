@@ -40,6 +40,11 @@ class WorkerPlan:
         prefix: stands before each teed line.
         error_file: where its ``@record`` writes an exception; None for nowhere.
         binding: CPUs, memory and GPU that it is bound to, or None.
+
+    Example:
+        >>> plan = plan_processes("echo", "echo", {0: ("a",)}, {0: {"RANK": "0"}})
+        >>> plan.workers[0].argv, plan.workers[0].env["RANK"], plan.workers[0].prefix
+        (('echo', 'a'), '0', '[echo0]:')
     """
 
     local_rank: int
@@ -69,6 +74,10 @@ class GroupPlan:
         stderr_filters: likewise for stderr.
         token: marks every process of the group, and what descends from it, in its environment.
         warnings: what the user should know before it starts, a sentence each.
+
+    Example:
+        >>> plan_processes("echo", "echo", {0: ("a",), 1: ("b",)}, {0: {}, 1: {}}).nprocs
+        2
     """
 
     name: str

@@ -121,6 +121,10 @@ def handle_signals(
         shutdown_timeout: seconds from the first signal to SIGKILL.
         on_signal: called with each ending signal and whether it is a further one.
 
+    Returns:
+        A context manager; what it gives has ``received``, the first ending signal that came, or
+        None.
+
     Raises:
         ValueError: for a signal that does not exist or cannot be handled, for one that is to end
             the group and to be forwarded as well, for a negative `shutdown_timeout`, or in

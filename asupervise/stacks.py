@@ -66,6 +66,11 @@ class Stack:
         frames: of its main thread, the innermost first; empty where only the kernel was asked.
         text: all that was found, as it stands in ``<local_rank>/stacks.txt``.
         source: by which means: "faulthandler", "py-spy" or "/proc".
+
+    Example::
+
+        for rank, stack in (await ctx.dump_stacks()).items():
+            print(rank, stack.summary)     # 0 in load (train.py:8) < main (train.py:18)
     """
 
     local_rank: int

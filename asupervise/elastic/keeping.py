@@ -58,6 +58,12 @@ class Services:
         name: the service's name.
         nprocs: number of workers.
         log_dir: the run's folder, the same for all starts, or None if it has none.
+
+    Example::
+
+        async with run_services("web", "./serve", {0: ()}, {0: {}}) as services:
+            await until_told_to_stop()
+        result = await services.wait()
     """
 
     def __init__(

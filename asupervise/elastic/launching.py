@@ -24,7 +24,10 @@ __all__ = ["RunError", "failures_of", "launch"]
 
 
 class RunError(SupervisorError):
-    """The run has ended without success though no worker has failed: too few nodes, mostly."""
+    """The run has ended without success though no worker has failed: too few nodes, mostly.
+
+    Its message says why, as the node that decided has written it down.
+    """
 
 
 async def launch(

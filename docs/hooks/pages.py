@@ -32,11 +32,11 @@ TEXTS = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "benchmarks/README.md": "benchmarks/index.md",
+    "benchmarks/README.md": "benchmarks/how.md",
     "benchmarks/RESULTS.md": "benchmarks/results.md",
     "benchmarks/MISSED.md": "benchmarks/missed.md",
     "benchmarks/nodes/RESULTS.md": "benchmarks/nodes.md",
-    "examples/job_service/README.md": "examples/job_service/index.md",
+    "examples/job_service/README.md": "examples/job_service/about.md",
 }
 _SHOWN = {".py": "python", ".html": "html", ".js": "javascript", ".css": "css"}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\)")

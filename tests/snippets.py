@@ -16,7 +16,8 @@ Attributes after the language:
 - ``not-run="REASON"``: not run here; it is parsed all the same.
 - ``not-compared="REASON"``: run, but what it prints depends on the machine.
 - ``any-order``: the lines of the output come in any order.
-- ``any-numbers``: and its numbers differ.
+- ``any-numbers``: its numbers differ; together with `any-order`, also how often a line comes that
+  is another only by its numbers.
 
 In what is expected ``...`` stands for any text in a line and, alone in a line, for any lines. What
 differs each time (`VOLATILE`) is made equal on both sides, and lines of workers, which have a
@@ -327,6 +328,8 @@ def compare(snippet: Snippet, expected: str, actual: str, command: str = "") -> 
     wanted, got = lines_of(expected), lines_of(actual)
     if "any-order" in snippet.attributes:
         wanted, got = sorted(wanted), sorted(got)
+        if "any-numbers" in snippet.attributes:
+            wanted, got = list(dict.fromkeys(wanted)), list(dict.fromkeys(got))
     pattern = "".join(
         r"(?:.*\n)*?" if line.strip() == "..." else f"{_with_gaps(line)}\n" for line in wanted
     )

@@ -134,9 +134,12 @@ async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], 
                 outcome = await serve(
                     job.blueprint, job.request, hooks,
                     within_s=options.restart_within, on_restart=_tell_restart,
+                    report=options.report,
                 )  # fmt: skip
             else:
-                outcome = await run(job.blueprint, job.backend, job.request, hooks)
+                outcome = await run(
+                    job.blueprint, job.backend, job.request, hooks, report=options.report
+                )
         except (SupervisorError, ValueError, OSError) as error:
             return _refuse(error)
     return _concluded(job, outcome, handling.received)
@@ -207,6 +210,9 @@ def _report(
         _say(outcome.round.why)
     if outcome.result is not None and outcome.result.log_dir is not None:
         _say(f"logs: {outcome.result.log_dir}")
+        report = os.path.join(outcome.result.log_dir, "report.html")
+        if os.path.isfile(report):
+            _say(f"report: {report}")
     if os.environ.get(ERROR_FILE_VARIABLE):
         # We are a worker of another launcher: it is to see the exception, not just our status.
         _, failure = error.get_first_failure()

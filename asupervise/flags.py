@@ -275,6 +275,12 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             variable="TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE",
         ),
         Flag(
+            "--no-report",
+            "Leave neither events.jsonl nor report.html in the run's folder.",
+            ours=True,
+            negates="report",
+        ),
+        Flag(
             "--logs-specs",
             "Leave files and console to the LogsSpecs of this entry point (group "
             "asupervise.logs_specs or torchrun.logs_specs).",

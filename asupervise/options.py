@@ -42,6 +42,7 @@ class LaunchOptions(NamedTuple):
     duplicate_stdout_filters: tuple[str, ...] = ()
     duplicate_stderr_filters: tuple[str, ...] = ()
     log_line_prefix_template: str | None = None
+    report: bool = True
     logs_specs: str | None = None
 
     numa_binding: str | None = None

@@ -97,10 +97,17 @@ class Recorder:
             if self._task is not None:
                 await asyncio.wait({self._task})
                 self._task.result()
-            if stays and self._report:
-                await asyncio.to_thread(_write_report, self._run_dir)
         except OSError as exc:
             return f"{self._run_dir}: what has happened could not be written down: {exc}"
+        return await self._made_report() if stays and self._report else None
+
+    async def _made_report(self) -> str | None:
+        try:
+            await asyncio.to_thread(_write_report, self._run_dir)
+        except Exception as exc:
+            # Whatever is wrong with a page must not take the run's result away.
+            if _is_there(self._run_dir):
+                return f"{self._run_dir}: no report could be made: {exc}"
         return None
 
     async def _write_on(self, subscription: Subscription) -> None:
@@ -134,5 +141,4 @@ def _append(path: str, lines: Sequence[str]) -> None:
 def _write_report(run_dir: str) -> None:
     from asupervise.views.report import write_report
 
-    with suppress(FileNotFoundError):
-        write_report(run_dir)
+    write_report(run_dir)

@@ -55,6 +55,7 @@ ROOMS = {
     "newcomers": room("procfs"),
     "cgroups": room("procfs"),
     "failures": room("error_files"),
+    "hints": room(),
     "report": room("error_files failures"),
     "result": room("errors", lazily="failures report"),
     "events": room(),
@@ -107,7 +108,26 @@ ROOMS = {
     "pulses": room("handler hub telling watches worker", asynchronous=True),
     "recording": room("bus logs", lazily="events views.report", asynchronous=True),
     "views.__init__": room(),
-    "views.report": room(),
+    "views.plain": room(),
+    "views.markup": room("views.plain"),
+    "views.lives": room("events"),
+    "views.story": room("events views.lives"),
+    "views.files": room("views.lives views.story"),
+    "views.rundir": room("error_files errors events procfs views.files views.lives views.story"),
+    "views.words": room("views.lives"),
+    "views.happenings": room("events views.plain views.story views.words"),
+    "views.summary": room("hints views.lives views.markup views.plain views.story views.words"),
+    "views.timeline": room(
+        "views.happenings views.lives views.markup views.plain views.story views.words"
+    ),
+    "views.resources": room("views.lives views.markup views.story views.timeline views.words"),
+    "views.ranks": room("views.lives views.markup views.plain views.story views.words"),
+    "views.excerpts": room("views.files views.markup views.plain views.words"),
+    "views.report": room(
+        "views.excerpts views.files views.happenings views.lives views.markup"
+        " views.plain views.ranks views.resources views.rundir views.story views.summary"
+        " views.timeline views.words"
+    ),
     "sinks": room("framing", asynchronous=True),
     "tailing": room("framing sinks watches", others="aiofiles", asynchronous=True),
     "hub": room("console watches", asynchronous=True),

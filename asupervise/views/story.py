@@ -178,7 +178,7 @@ def _goes_on(
         return True
     last = told[-1]
     delay_s = last.delay_s if isinstance(last, ev.Restarting) else 0.0
-    return not started and now - last.time < delay_s + _LATE_S
+    return not started and -1 < now - last.time < delay_s + _LATE_S
 
 
 # --- its parts ----------------------------------------------------------------------------------

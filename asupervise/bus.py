@@ -10,8 +10,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
+from heapq import merge
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from asupervise.events import Event
@@ -76,8 +77,10 @@ class EventBus:
             raise ValueError(f"history: {history!r}: expected zero or more")
         self._history = _Bounded(history)
         self._parent = parent
-        self._subscriptions: set[Subscription] = set()
-        self._wanted: list[Callable[[], None]] = []
+        # Who has stopped to consume, and says no word of it (`break`), is none any more.
+        self._subscriptions: WeakSet[Subscription] = WeakSet()
+        # What is to be called, and the bus that was asked for it: ours, or one below.
+        self._wanted: dict[Callable[[], None], EventBus] = {}
         self._closed = False
 
     @property
@@ -88,27 +91,31 @@ class EventBus:
     @property
     def has_listeners(self) -> bool:
         """Whether anybody consumes the stream now, who only records it included."""
-        above = self._parent is not None and self._parent.has_listeners
-        return bool(self._subscriptions) or above
+        return any(bus._subscriptions for bus in self._upwards())
 
     def when_listened(self, call: Callable[[], None]) -> None:
-        """Call this once somebody consumes the stream; now, if somebody does.
+        """Call this once, as soon as somebody consumes the stream; now, if somebody does.
 
         Who only records it does not count.
         """
-        if self._parent is not None:
-            self._parent.when_listened(call)
-        if any(not each.records for each in self._subscriptions):
+        if any(not each.records for bus in self._upwards() for each in bus._subscriptions):
             call()
-        elif not self._closed:
-            self._wanted.append(call)
+            return
+        for bus in self._upwards():
+            if not bus._closed:
+                bus._wanted[call] = self
 
     def forget(self, call: Callable[[], None]) -> None:
         """Never mind what was asked for with :meth:`when_listened`."""
-        if self._parent is not None:
-            self._parent.forget(call)
-        if call in self._wanted:
-            self._wanted.remove(call)
+        for bus in self._upwards():
+            bus._wanted.pop(call, None)
+
+    def _upwards(self) -> Iterator[EventBus]:
+        """This one and all that are told what it is told."""
+        bus: EventBus | None = self
+        while bus is not None:
+            yield bus
+            bus = bus._parent
 
     @property
     def dropped(self) -> int:
@@ -153,8 +160,8 @@ class EventBus:
             raise ValueError(f"maxsize: {maxsize!r}: expected at least 1")
         subscription = Subscription(self, maxsize, self._history, records=records)
         if not records:
-            wanted, self._wanted = self._wanted, []
-            for call in wanted:
+            for call, asked in list(self._wanted.items()):
+                asked.forget(call)
                 call()
         return subscription
 
@@ -169,9 +176,10 @@ class EventBus:
 class Subscription:
     """One consumer's part of the stream: ``async for event in subscription``.
 
-    It ends when the bus is closed and all is taken, or at :meth:`close`. Where more waits to be
-    taken than there is room for, the oldest `Heartbeat`, `Progress` or `ResourceSample` is
-    dropped, and where there is none of these the oldest event: the newest always arrive.
+    It ends when the bus is closed and all is taken, or at :meth:`close`; whoever leaves the loop
+    before, and keeps no reference, need not close it. Where more waits to be taken than there is
+    room for, the oldest `Heartbeat`, `Progress` or `ResourceSample` is dropped, and where there is
+    none of these the oldest event: what ends a group always arrives.
 
     Attributes:
         records: see :meth:`EventBus.subscribe`.
@@ -251,43 +259,35 @@ class _Bounded:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._items: deque[Told] = deque()
-        self._passing = 0
+        self._count = 0
+        # Each with its number, by which they are in one order.
+        self._passing: deque[tuple[int, Told]] = deque()
+        self._lasting: deque[tuple[int, Told]] = deque()
         self.dropped = 0
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._passing) + len(self._lasting)
 
     def __iter__(self) -> Iterator[Told]:
-        return iter(self._items)
+        # No two have the same number, so what was told is never compared.
+        return (told for _, told in merge(self._passing, self._lasting))
 
     def add(self, told: Told) -> None:
-        self._items.append(told)
-        self._passing += told.kind in _PASSING
-        if len(self._items) > self._size:
-            self._drop_one()
-
-    def _drop_one(self) -> None:
-        self.dropped += 1
-        if not self._passing:
-            self._items.popleft()
-            return
-        self._passing -= 1
-        # Found soon where many pass: they come in turns with the rest.
-        for index, told in enumerate(islice(self._items, len(self._items))):
-            if told.kind in _PASSING:
-                del self._items[index]
-                return
+        self._count += 1
+        (self._passing if told.kind in _PASSING else self._lasting).append((self._count, told))
+        if len(self) > self._size:
+            (self._passing or self._lasting).popleft()
+            self.dropped += 1
 
     def pop_oldest(self) -> Told:
-        told = self._items.popleft()
-        self._passing -= told.kind in _PASSING
-        return told
+        passing, lasting = self._passing, self._lasting
+        passes = passing and (not lasting or passing[0][0] < lasting[0][0])
+        return (passing if passes else lasting).popleft()[1]
 
     def shrink(self, size: int) -> None:
         """From now on there is room for so many; it holds none."""
         self._size = size
 
     def clear(self) -> None:
-        self._items.clear()
-        self._passing = 0
+        self._passing.clear()
+        self._lasting.clear()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, get_args, get_origin, get_type_hints
@@ -425,6 +426,8 @@ def from_dict(data: object) -> Event | None:
 
 
 _BAD: Final = object()
+_TOO_LARGE: Final = 2**63
+_RANK: Final = re.compile("[0-9]{1,9}")
 _known_hints: dict[type[Event], dict[str, Any]] = {}
 
 
@@ -447,9 +450,11 @@ def _read(value: Any, hint: Any) -> Any:
         if value is None:
             return None
         hint = next(arg for arg in args if arg is not type(None))
+    # A bool is an int, and not meant. Who computes with what is read must not overflow.
+    if type(value) is int and abs(value) >= _TOO_LARGE:
+        return _BAD
     if hint is float and type(value) is int:
-        value = float(value) if abs(value) < 2**1000 else math.inf
-    # A bool is an int, and not meant.
+        value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         return _BAD
     return value
@@ -461,7 +466,7 @@ def _read_stacks(value: Any) -> Any:
     return {
         int(rank): text
         for rank, text in value.items()
-        if isinstance(rank, str) and rank.isascii() and rank.isdigit() and isinstance(text, str)
+        if isinstance(rank, str) and _RANK.fullmatch(rank) and isinstance(text, str)
     }
 
 

@@ -322,6 +322,10 @@ class PContext:
 
     def _on_exit(self, handler: SubprocessHandler, exit: Exit) -> None:
         self._exited += 1
+        # One that ends at once may do so before we have heard that it runs.
+        self._teller.worker_started(handler)
+        if self._pulses is not None:
+            self._pulses.ended(handler)
         self._teller.worker_exited(handler, exit, self._diagnosis.peak(handler, exit))
         if self._streams is not None:
             self._stop_watching(handler, self._streams)
@@ -369,9 +373,12 @@ class PContext:
             if self._started.done():
                 raise
             self._teller.not_started(exc)
-            # Whoever waits for the start gets the error; `wait` has nothing to say beyond it.
-            self._started.set_exception(exc)
-            await files.remove_run_folder(self.plan)
+            try:
+                # Before anybody hears of it, whose next step may be the end of the loop.
+                await files.remove_run_folder(self.plan)
+            finally:
+                # Whoever waits for the start gets the error; `wait` has nothing to say beyond it.
+                self._started.set_exception(exc)
             return RunProcsResult()
         finally:
             self._bus.close()
@@ -390,8 +397,10 @@ class PContext:
         """Somebody wants to know of first output, heartbeats and progress."""
         from asupervise.pulses import Pulses
 
-        self._pulses = Pulses(self._teller, self._handlers)
-        self._pulses.begin()
+        self._pulses = Pulses(self._teller)
+        for handler in self._handlers.values():
+            if handler.running:
+                self._pulses.follow(handler)
 
     def _prepared(self, warnings: list[str]) -> AbstractAsyncContextManager[None]:
         cgroup = self._cleanup.cgroup
@@ -421,12 +430,12 @@ class PContext:
                 stack.callback(reaper.reap)
             try:
                 self._diagnosis.before_start()
+                self._bus.when_listened(self._feel_pulses)
                 cgroup = self._cleanup.cgroup
                 with cgroup.entered() if cgroup else nullcontext():
                     await self._start_workers()
                 stack.callback(self._settle_soon(guardian).cancel)
                 self._diagnosis.start()
-                self._bus.when_listened(self._feel_pulses)
                 if self._options.report:
                     self._recorder.attend(self.plan.logs)
                 self._started.set_result(None)
@@ -475,6 +484,8 @@ class PContext:
                 launch=self._work.launch,
             )
             self._teller.worker_started(handler)
+            if self._pulses is not None:
+                self._pulses.follow(handler)
             if self._streams is not None:
                 self._streams.follow(worker)
                 if handler.exit is not None:

@@ -213,7 +213,7 @@ class WorkerFailed(WorkerEvent):
         exitcode: as in `WorkerExited`.
         signal: the name of the signal that it died of; "" for none.
         cause: why, where the exit code does not say it (`ProcessFailure.cause`).
-        message: the recorded exception, or a sentence made of the exit code.
+        message: the recorded exception, or a sentence where none was recorded.
         traceback: as recorded; "" if none was.
         stack: where it was before it was ended, in a line.
         stderr_tail: the last lines of its standard error, where that went into a file.

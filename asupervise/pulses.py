@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 from asupervise.handler import SubprocessHandler
@@ -24,64 +25,70 @@ _PROGRESS_BYTES: Final = 256
 
 
 class Pulses:
-    """Watches the files of one group's workers; :meth:`begin` may be called at any time.
+    """Watches the files of one group's workers, from now until :meth:`end`.
 
     Args:
         teller: who is told.
-        handlers: the workers, by local rank, filled while they are started.
     """
 
-    def __init__(self, teller: GroupTeller, handlers: Mapping[int, SubprocessHandler]) -> None:
+    def __init__(self, teller: GroupTeller) -> None:
         self._teller = teller
-        self._handlers = handlers
+        self._files: dict[int, list[_File]] = {}
+        self._watches: Watches | None = None
         self._ending = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._task = asyncio.get_running_loop().create_task(
+            self._watch(), name="asupervise: pulses"
+        )
 
-    def begin(self) -> None:
-        """All workers have been started, and somebody wants to know."""
-        if self._task is None and not self._ending.is_set():
-            self._task = asyncio.get_running_loop().create_task(
-                self._watch(), name="asupervise: pulses"
-            )
+    def follow(self, handler: SubprocessHandler) -> None:
+        """A worker has been started; may be called again."""
+        if handler.local_rank in self._files or self._ending.is_set():
+            return
+        self._files[handler.local_rank] = files = list(_files_of(self._teller, handler))
+        if self._watches is not None:
+            for each in files:
+                each.begin(self._watches)
+
+    def ended(self, handler: SubprocessHandler) -> None:
+        """It has exited: what it has written last is looked at, before its end is told."""
+        self.follow(handler)
+        for each in self._files.get(handler.local_rank, ()):
+            each.end()
 
     async def end(self) -> None:
-        """All workers have ended: what they have told last is looked at, and nothing more."""
+        """The group is over."""
         self._ending.set()
-        if self._task is not None:
-            await asyncio.wait({self._task})
+        await asyncio.wait({self._task})
 
     async def _watch(self) -> None:
         async with shared_hub() as hub:
             await hub.watches.prepare()
-            watched = [each for handler in self._handlers.values() for each in self._files(handler)]
-            for each in watched:
+            self._watches = hub.watches
+            for each in self._all():
                 each.begin(hub.watches)
             await self._ending.wait()
-            for each in watched:
+            # Only of workers that could not be ended is any left.
+            for each in self._all():
                 each.end()
 
-    def _files(self, handler: SubprocessHandler) -> list[_File]:
-        rank, pid, env, teller = handler.local_rank, handler.pid, handler.plan.env, self._teller
-        files: list[_File] = []
-        for stream, path in (("stdout", handler.plan.stdout), ("stderr", handler.plan.stderr)):
-            if path and path != os.devnull:
-                files.append(_Output(path, _told_output(teller, handler, stream)))
-        if path := env.get(HEARTBEAT_VARIABLE):
-            files.append(_Signs(path, lambda _: teller.heartbeat(rank, pid)))
-        if path := env.get(PROGRESS_VARIABLE):
-            files.append(_Signs(path, lambda text: _tell_progress(teller, rank, pid, text)))
-        return files
+    def _all(self) -> Iterator[_File]:
+        return (each for files in self._files.values() for each in files)
 
 
-def _told_output(
-    teller: GroupTeller, handler: SubprocessHandler, stream: str
-) -> Callable[[], None]:
-    return lambda: teller.first_output(handler.plan, handler.pid, stream)
+def _files_of(teller: GroupTeller, handler: SubprocessHandler) -> Iterator[_File]:
+    plan = handler.plan
+    for stream, path in (("stdout", plan.stdout), ("stderr", plan.stderr)):
+        if path and path != os.devnull:
+            yield _Output(path, partial(teller.first_output, plan, handler.pid, stream))
+    if path := plan.env.get(HEARTBEAT_VARIABLE):
+        yield _Signs(path, lambda _: teller.heartbeat(plan.local_rank, handler.pid))
+    if path := plan.env.get(PROGRESS_VARIABLE):
+        yield _Signs(path, partial(_tell_progress, teller, handler))
 
 
-def _tell_progress(teller: GroupTeller, rank: int, pid: int, text: bytes) -> None:
+def _tell_progress(teller: GroupTeller, handler: SubprocessHandler, text: bytes) -> None:
     if (told := parse_progress(text)) is not None:
-        teller.progress(rank, pid, *told)
+        teller.progress(handler.local_rank, handler.pid, *told)
 
 
 class _File:
@@ -91,10 +98,12 @@ class _File:
         self.path = path
         self.fd = -1
         self._watches: Watches | None = None
+        self._over = False
 
     def begin(self, watches: Watches) -> None:
-        self._watches = watches
-        self.look()
+        if not self._over:
+            self._watches = watches
+            self.look()
 
     def look(self) -> None:
         """See what there is, and ask to be woken for more."""
@@ -104,10 +113,31 @@ class _File:
         self.look()
         return False
 
+    def last_look(self) -> None:
+        """See what there is; there will be nothing more."""
+
     def end(self) -> None:
+        """Look once more, and never again."""
+        if self._over:
+            return
+        self._over = True
+        self.last_look()
         if self._watches is not None:
             self._watches.forget(self)
             self._watches = None
+        self._close()
+
+    def _opened(self) -> int:
+        """Its descriptor.
+
+        Raises:
+            OSError: it is not there (yet).
+        """
+        if self.fd < 0:
+            self.fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return self.fd
+
+    def _close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -121,15 +151,10 @@ class _Output(_File):
         self._tell = tell
 
     def look(self) -> None:
-        if self._watches is None:
+        if self._over:
             return
-        try:
-            if self.fd < 0:
-                self.fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            self.end()  # the worker has moved it away: nobody knows what it writes where
-            return
-        if self._has_something():
+        if self._has_something() or self.fd < 0:
+            # Or the worker has moved it away: nobody knows what it writes where.
             self.end()
         else:
             # Not within the callback that ends this watch.
@@ -142,15 +167,13 @@ class _Output(_File):
             if self._has_something():
                 self.end()
 
-    def end(self) -> None:
-        tell = self._watches is not None and self._has_something()
-        super().end()
-        if tell:
+    def last_look(self) -> None:
+        if self._has_something():
             self._tell()
 
     def _has_something(self) -> bool:
         try:
-            return self.fd >= 0 and os.fstat(self.fd).st_size > 0
+            return os.fstat(self._opened()).st_size > 0
         except OSError:
             return False
 
@@ -161,11 +184,11 @@ class _Signs(_File):
     def __init__(self, path: str, tell: Callable[[bytes], None]) -> None:
         super().__init__(path)
         self._tell = tell
-        self._seen = 0, b""
+        self._seen: tuple[int, bytes] | None = None
         self._pause: asyncio.TimerHandle | None = None
 
     def look(self) -> None:
-        if self._watches is None or self._pause is not None:
+        if self._over or self._pause is not None:
             return
         self._take()
         self._pause = asyncio.get_running_loop().call_later(_PAUSE_S, self._arm)
@@ -174,30 +197,24 @@ class _Signs(_File):
         self._pause = None
         if self._watches is None:
             return
+        state = self._state()
         try:
-            if self.fd < 0:
+            if state is None:
                 self._watches.arm_folder(self)
             else:
                 self._watches.arm(self)
         except OSError:
             self.end()
             return
-        if self._is_new():
+        # What has happened before the watch was there woke nobody.
+        if self._state() not in (None, self._seen):
             self._watches.forget(self)
             self.look()
 
-    def _is_new(self) -> bool:
-        return self._state() not in (None, self._seen)
-
-    def _state(self) -> tuple[int, bytes] | None:
-        """When it was touched last, and what stands in it; None where it is not there (yet)."""
-        try:
-            if self.fd < 0:
-                self.fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            # A few bytes that have just been written: no disk is waited for.
-            return os.fstat(self.fd).st_mtime_ns, os.pread(self.fd, _PROGRESS_BYTES, 0)
-        except OSError:
-            return None
+    def last_look(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+        self._take()
 
     def _take(self) -> None:
         state = self._state()
@@ -205,9 +222,15 @@ class _Signs(_File):
             self._seen = state
             self._tell(state[1])
 
-    def end(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
-        if self._watches is not None:
-            self._take()
-        super().end()
+    def _state(self) -> tuple[int, bytes] | None:
+        """When it was touched last, and what stands in it; None where it is not there (yet)."""
+        try:
+            status = os.fstat(self._opened())
+            if not status.st_nlink:
+                # It was removed, and is made anew with the next sign.
+                self._close()
+                status = os.fstat(self._opened())
+            # A few bytes that have just been written: no disk is waited for.
+            return status.st_mtime_ns, os.pread(self.fd, _PROGRESS_BYTES, 0)
+        except OSError:
+            return None

@@ -42,7 +42,7 @@ class GroupTeller:
         self._plan = plan
         self._part = part
         self._started: set[int] = set()
-        self._told_to_end = False
+        self._told_to_end = 0
         self._began_ns = time.monotonic_ns()
         self._ranks = ranks_of(plan)
         self._ids: dict[str, Any] = {
@@ -109,9 +109,11 @@ class GroupTeller:
 
     def ending(self, sig: int, ranks: Sequence[int]) -> None:
         """A signal that ends the group: the first, or one that goes further."""
+        if sig == self._told_to_end:
+            return  # to those that a hurried request has just sent it to
         kind = "Escalated" if self._told_to_end else "SignalSent"
         why = {} if self._told_to_end else {"why": "ending"}
-        self._told_to_end = True
+        self._told_to_end = sig
         self._tell(kind, signal=_name(sig), ranks=tuple(ranks), **why)
 
     def not_started(self, error: BaseException) -> None:
@@ -149,8 +151,6 @@ class GroupTeller:
         )  # fmt: skip
 
     def worker_exited(self, handler: SubprocessHandler, exit: Exit, peak: int | None) -> None:
-        # One that ends at once may do so before we have heard that it runs.
-        self.worker_started(handler)
         self._of_worker(
             "WorkerExited", handler.local_rank, handler.pid, at_ns=exit.monotonic_ns,
             exitcode=exit.code,

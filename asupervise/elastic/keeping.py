@@ -267,9 +267,12 @@ class Services:
             if self._started.done():
                 raise
             self._teller.not_started(exc)
-            # Whoever waits for the start gets the error; `wait` has nothing to say beyond it.
-            await files.remove_run_folder(self._attempts.first)
-            self._started.set_exception(exc)
+            try:
+                # Before anybody hears of it, whose next step may be the end of the loop.
+                await files.remove_run_folder(self._attempts.first)
+            finally:
+                # Whoever waits for the start gets the error; `wait` has nothing to say beyond it.
+                self._started.set_exception(exc)
             return RunProcsResult()
         result = await self._result()
         self._teller.ended(result, parts_told=True)

@@ -5,8 +5,8 @@ DOCS_VENV := .venv-docs
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # The variable keeps an announcement of mkdocs-material's out of the output; the date of the last
-# commit makes two builds of it equal.
-MKDOCS = NO_MKDOCS_2_WARNING=1 SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) \
+# commit, and one time zone, make two builds of it equal.
+MKDOCS = NO_MKDOCS_2_WARNING=1 TZ=UTC SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || echo 0) \
 	$(DOCS_VENV)/bin/python -m mkdocs
 DEMO_ARGS := --nproc-per-node 4 --tee 3 examples/word_count.py
 

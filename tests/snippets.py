@@ -38,6 +38,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 50.0
+# What every page finds in its folder.
+LINKS = {"examples": "examples", "example-run": "docs/assets/example-run"}
 
 _FENCE = re.compile(r"^( *)```(\w*)([^`\n]*)\n(.*?)^\1``` *$", re.MULTILINE | re.DOTALL)
 _ATTRIBUTE = re.compile(r'([\w-]+)(?:="([^"]*)")?')
@@ -127,14 +129,15 @@ class Page:
     """Runs the blocks of one page, one after another, in a folder of its own.
 
     Args:
-        folder: where they run; `examples` is in it.
+        folder: where they run, with `LINKS` in it.
         environ: of what they start.
     """
 
     def __init__(self, folder: Path, environ: dict[str, str]) -> None:
         self._folder = folder / "page"
         self._folder.mkdir()
-        (self._folder / "examples").symlink_to(ROOT / "examples")
+        for link, to in LINKS.items():
+            (self._folder / link).symlink_to(ROOT / to)
         self._temporary = folder / "tmp"
         self._temporary.mkdir()
         self._environ = environ | {

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import asupervise  # noqa: E402
+from asupervise.views.report import render  # noqa: E402
+from asupervise.views.rundir import read_run  # noqa: E402
 
 # Reported by mkdocs as its own: under --strict each is an error.
 log = logging.getLogger("mkdocs.hooks.pages")
@@ -38,6 +40,7 @@ TEXTS = {
     "benchmarks/nodes/RESULTS.md": "benchmarks/nodes.md",
     "examples/job_service/README.md": "examples/job_service/about.md",
 }
+EXAMPLE_RUN = "assets/example-run"
 _SHOWN = {".py": "python", ".html": "html", ".js": "javascript", ".css": "css"}
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 _FENCE = re.compile(r"^( *```+)([\w-]+)([^`\n]*)$", re.MULTILINE)
@@ -68,6 +71,9 @@ def on_files(files: Any, config: Any) -> Any:
                 f'# {posixpath.basename(name)}\n\n``````{language} title="{name}"\n{text}``````\n'
             )
         files.append(File.generated(config, page, content=text))
+    # Of a run that is kept with the documentation: so the page is what it is made like now.
+    run = read_run(str(ROOT / "docs" / EXAMPLE_RUN))
+    files.append(File.generated(config, f"{EXAMPLE_RUN}/report.html", content=render(run)))
     for plot in sorted(ROOT.glob("benchmarks/**/plots/*.svg")):
         name = plot.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(plot)))
@@ -133,7 +139,7 @@ def _relinked(source: str) -> Any:
         if not target or re.match(r"[a-z]+:", target):
             return found[0]
         name = posixpath.normpath(posixpath.join(here, target))
-        if not (ROOT / name).exists():
+        if not (ROOT / name).exists() and EXAMPLE_RUN not in name:
             log.warning("%s: there is no %s", source, name)
         to = PAGES.get(name) or (name if image else name.removeprefix("docs/"))
         if to == name and not image:

@@ -72,10 +72,10 @@ define have
 endef
 
 # Binding is applied by numactl, or by taskset (util-linux); nodes agree through etcd; pages are
-# looked at in Chromium. The tests run them all for real.
+# looked at in Chromium, the live view in tmux. The tests run them all for real.
 system-packages:
 	$(call have,numactl numactl taskset util-linux etcd etcd-server openssl openssl)
-	$(call have,chromium chromium)
+	$(call have,chromium chromium tmux tmux)
 
 cluster-packages: system-packages
 	$(call have,ip iproute2 slurmctld slurmctld slurmd slurmd srun slurm-client munged munge)

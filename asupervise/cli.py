@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from signal import SIG_IGN, Signals, getsignal
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -18,6 +19,7 @@ from asupervise.errors import SupervisorError
 from asupervise.options import LaunchOptions, UsageError, help_text, parse_options
 
 if TYPE_CHECKING:
+    from asupervise.bus import EventBus
     from asupervise.elastic.agent import Outcome
     from asupervise.elastic.records import Round
     from asupervise.failures import ProcessFailure
@@ -130,19 +132,38 @@ async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], 
 
         try:
             hooks = Hooks(on_group, _tell_round, stop, on_warning=_warn)
-            if options.restart == "worker":
-                outcome = await serve(
-                    job.blueprint, job.request, hooks,
-                    within_s=options.restart_within, on_restart=_tell_restart,
-                    report=options.report,
-                )  # fmt: skip
-            else:
-                outcome = await run(
-                    job.blueprint, job.backend, job.request, hooks, report=options.report
-                )
+            async with _watched(options) as events:
+                if options.restart == "worker":
+                    outcome = await serve(
+                        job.blueprint, job.request, hooks,
+                        within_s=options.restart_within, on_restart=_tell_restart,
+                        events=events, report=options.report,
+                    )  # fmt: skip
+                else:
+                    outcome = await run(
+                        job.blueprint, job.backend, job.request, hooks,
+                        events=events, report=options.report,
+                    )  # fmt: skip
         except (SupervisorError, ValueError, OSError) as error:
             return _refuse(error)
     return _concluded(job, outcome, handling.received)
+
+
+@asynccontextmanager
+async def _watched(options: LaunchOptions) -> AsyncIterator[EventBus | None]:
+    """The bus that whoever shows the run hears of it by; None where nobody does."""
+    if not options.live:
+        yield None
+        return
+    from asupervise.bus import EventBus
+    from asupervise.views.live import live_view
+
+    bus = EventBus()
+    async with live_view(bus, title=os.path.basename(options.script)) as view:
+        if view is None:
+            _say("note: --live: this is no terminal that can show a table; only lines are shown")
+        yield bus
+        bus.close()
 
 
 def _tell_round(round: Round) -> None:

@@ -55,6 +55,8 @@ class Screen:
 class Console:
     """A destination of lines: a terminal, a pipe, a file, or any object with ``write(str)``.
 
+    One that has ``async awrite(str)`` as well is waited for where it is slow.
+
     Bytes that are not UTF-8 pass unharmed to a descriptor, and as escapes (``\\xff``) to what
     is read as text: ``io.StringIO``, a notebook's stream, pytest's `capsys` (which breaks off the
     whole run where its memory holds anything else).
@@ -175,6 +177,9 @@ class Console:
         elif _has_byte_layer(stream) and _descriptor_below(stream) is not None:
             # Compressed, a socket: something of its own stands between the stream and its file.
             await self._in_thread(_write_to_buffer, stream, b"".join(parts))
+        elif (awrite := getattr(type(stream), "awrite", None)) is not None:
+            # One that can make us wait: that of a live view.
+            await awrite(stream, self._decoder.decode(b"".join(parts)))
         else:
             await self._write_text(self._decoder.decode(b"".join(parts)))
 

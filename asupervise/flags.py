@@ -281,6 +281,14 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             negates="report",
         ),
         Flag(
+            "--live",
+            "Show a table of all ranks at the end of the terminal, with the log scrolling above "
+            "it: state, CPU, memory, progress (asupervise.progress), last line. Streams that would "
+            "go straight to the console are teed. Without a terminal there are only lines. Needs "
+            "the extra ui.",
+            ours=True,
+        ),
+        Flag(
             "--logs-specs",
             "Leave files and console to the LogsSpecs of this entry point (group "
             "asupervise.logs_specs or torchrun.logs_specs).",
@@ -353,7 +361,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag(
             "--memory-sample-interval",
             "How often to look at the workers' memory, which the report of a SIGKILL tells; "
-            "soon at first, then at this interval; 0: never (default: 600).",
+            "soon at first, then at this interval; 0: never (default: 600; with --live: 1).",
             _seconds,
             "SECONDS",
             ours=True,

@@ -67,7 +67,7 @@ def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
     meeting = meeting_of(options, environ, workers)
     program, template = _command(options, workers, environ)
     arguments: dict[str, Any] = {
-        "logs_specs": _logs_specs(options),
+        "logs_specs": _logs_specs(options, workers),
         "start_method": options.start_method,
         "numa_options": _numa_options(options),
         "duplicate_stdout_filters": options.duplicate_stdout_filters,
@@ -99,6 +99,11 @@ def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
         **meeting.choices,
         "threads": why_threads,
     }
+    if options.live:
+        choices["live view"] = (
+            "streams that would go straight to the console are teed; memory and CPU are looked at "
+            f"every {options.memory_sample_interval:g} s"
+        )
     blueprint = blueprint._replace(omp_num_threads=threads)
     return Job(options.script, blueprint, meeting.backend, meeting.request, choices)
 
@@ -192,12 +197,16 @@ def _check_scripts(scripts: Mapping[int, str], environ: Mapping[str, str]) -> No
 # --- their logs, binding, GPUs ---------------------------------------------------------------
 
 
-def _logs_specs(options: LaunchOptions) -> LogsSpecs:
-    from asupervise.logs import Std, load_logs_specs
+def _logs_specs(options: LaunchOptions, workers: int) -> LogsSpecs:
+    from asupervise.logs import Std, load_logs_specs, to_map
 
     ranks = options.local_ranks_filter
     redirects = _of_flag("--redirects", Std.from_str, options.redirects)
     tee = _of_flag("--tee", Std.from_str, options.tee)
+    if options.live:
+        # What a worker writes to our terminal by itself would stand in the middle of the table.
+        to_files, teed = to_map(redirects, workers), to_map(tee, workers)
+        tee = {rank: teed[rank] | (Std.ALL & ~to_files[rank]) for rank in range(workers)}
     specs = _of_flag("--logs-specs", lambda _: load_logs_specs(options.logs_specs), "")
     return specs(
         log_dir=options.log_dir,

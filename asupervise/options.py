@@ -43,6 +43,7 @@ class LaunchOptions(NamedTuple):
     duplicate_stderr_filters: tuple[str, ...] = ()
     log_line_prefix_template: str | None = None
     report: bool = True
+    live: bool = False
     logs_specs: str | None = None
 
     numa_binding: str | None = None
@@ -93,6 +94,8 @@ _LETTERS = re.compile(
     ),
     re.DOTALL,
 )
+# A table of who uses how much is looked at.
+_LIVE_SAMPLE_INTERVAL_S = 1.0
 _ABOUT_US = frozenset({"help", "version"})
 _OVERRIDDEN_BY_STANDALONE = frozenset(
     {"rdzv_backend", "rdzv_endpoint", "rdzv_id", "nnodes", "node_rank"}
@@ -118,6 +121,8 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> LaunchOpti
     if not _ABOUT_US.isdisjoint(typed):
         return LaunchOptions(help="help" in typed, version="version" in typed)
     values = _values(typed, environ)
+    if values.get("live"):
+        values.setdefault("memory_sample_interval", _LIVE_SAMPLE_INTERVAL_S)
     script, *args = command or [""]
     return _checked(LaunchOptions(script=script, script_args=tuple(args), **values))
 

@@ -128,6 +128,27 @@ ROOMS = {
         " views.plain views.ranks views.resources views.rundir views.story views.summary"
         " views.timeline views.words"
     ),
+    "views.rows": room(),
+    "views.board": room("events views.rows"),
+    "views.harmless": room(),
+    "views.spans": room("views.rows", others="rich"),
+    "views.columns": room("views.harmless views.rows views.spans", others="rich"),
+    "views.layout": room("views.columns views.harmless views.rows views.spans", others="rich"),
+    "views.painting": room("views.rows views.spans", others="rich"),
+    "views.last_lines": room(),
+    "views.tty": room("views.rows"),
+    "views.above": room("views.harmless"),
+    "views.driving": room(
+        "bus views.above views.board views.last_lines views.layout views.painting"
+        " views.rows views.spans views.tty",
+        asynchronous=True,
+    ),
+    "views.live": room(
+        "bus errors shielding views.tty",
+        lazily="views.above views.board views.driving views.painting views.spans",
+        others="rich",
+        asynchronous=True,
+    ),
     "sinks": room("framing", asynchronous=True),
     "tailing": room("framing sinks watches", others="aiofiles", asynchronous=True),
     "hub": room("console watches", asynchronous=True),
@@ -294,8 +315,8 @@ ROOMS = {
     "signals": room(asynchronous=True),
     "cli": room(
         "errors options",
-        lazily="dryrun elastic.agent elastic.launching elastic.node elastic.records"
-        " elastic.running error_handler failures job procs result signals",
+        lazily="bus dryrun elastic.agent elastic.launching elastic.node elastic.records"
+        " elastic.running error_handler failures job procs result signals views.live",
         asynchronous=True,
     ),
     "__main__": room("cli"),

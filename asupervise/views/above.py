@@ -1,0 +1,99 @@
+"""What stands in the place of ``sys.stdout`` and ``sys.stderr`` while a table is on the screen."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+from asupervise.views.harmless import harmless, plain
+
+__all__ = ["Above", "Taker", "standing_in"]
+
+# Of a line without its end; one that is longer is shown in pieces.
+_UNFINISHED_CHARS: Final = 8192
+
+
+class Taker(Protocol):
+    """Who shows lines above the table."""
+
+    def take(self, lines: str) -> None:
+        """Show them soon; may be called in any thread."""
+
+    async def wait_taken(self) -> None:
+        """Return when more may come.
+
+        Raises:
+            OSError: the terminal is gone.
+        """
+
+
+class Above(io.TextIOBase):
+    """A text stream whose lines appear above the table, made harmless.
+
+    Args:
+        taker: who shows them.
+        colours: whether colours stay.
+
+    Attributes:
+        unfinished: the begun line, made harmless.
+    """
+
+    def __init__(self, taker: Taker, *, colours: bool) -> None:
+        super().__init__()
+        self._taker = taker
+        self._colours = colours
+        self._begun = ""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+    @property
+    def unfinished(self) -> str:
+        return plain(self._begun)
+
+    def isatty(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str, /) -> int:
+        """Show it; returns at once. For those who print a line now and then."""
+        begun, newline, rest = text.rpartition("\n")
+        whole = f"{self._begun}{begun}\n" if newline else ""
+        self._begun = rest if newline else self._begun + rest
+        if len(self._begun) > _UNFINISHED_CHARS:
+            whole, self._begun = f"{whole}{self._begun}\n", ""
+        # Also where there is none: the begun line is shown in the table.
+        self._taker.take(harmless(whole, colours=self._colours))
+        return len(text)
+
+    async def awrite(self, text: str) -> None:
+        """Show it, and wait while the terminal is slow: `asupervise.console` asks for this."""
+        self.write(text)
+        await self._taker.wait_taken()
+
+    def finish(self) -> None:
+        """Nothing more will come: what there is of a line is shown as one."""
+        if self._begun:
+            self.write("\n")
+
+
+@contextmanager
+def standing_in(streams: Mapping[str, Above]) -> Iterator[None]:
+    """Put them into the place of those in `sys`, for the duration of the context."""
+    before = {name: getattr(sys, name) for name in streams}
+    for name, stream in streams.items():
+        setattr(sys, name, stream)
+    try:
+        yield
+    finally:
+        for name, stream in streams.items():
+            # Somebody else may have put his own there meanwhile.
+            if getattr(sys, name) is stream:
+                setattr(sys, name, before[name])
+            stream.finish()

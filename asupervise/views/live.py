@@ -1,0 +1,118 @@
+"""A live view of what runs: a table at the end of the terminal, and the log scrolling above it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from asupervise.bus import EventBus
+from asupervise.errors import NotSupportedError
+from asupervise.shielding import finished_in_any_case
+from asupervise.views.tty import Place, Terminal, find_terminal, flush
+
+if TYPE_CHECKING:
+    from asupervise.views.driving import LiveView
+
+__all__ = ["live_view"]
+
+# What is told between two looks at it; of more, samples and heartbeats are missed first.
+_QUEUE: Final = 10_000
+
+
+@asynccontextmanager
+async def live_view(bus: EventBus, *, title: str = "") -> AsyncIterator[LiveView | None]:
+    """Show what runs as a table at the end of the terminal, with the log scrolling above it.
+
+    To be entered before the workers are started: for the duration of the context, objects of the
+    view stand in the place of ``sys.stdout`` and ``sys.stderr``, as far as they are the terminal,
+    and what is written to them appears above the table, its control sequences made harmless. What
+    has kept the former objects (a logging handler that was made before) writes into the table: make
+    it inside. The table stays there at the end, in its last state.
+
+    Where there is no terminal, or it can show no table, or a shell has put this process into the
+    background, nothing is changed.
+
+    Args:
+        bus: who tells what happens; given to `start_processes`, `run_services` or `launch` as well.
+        title: what is run; by default the entrypoint of the first group.
+
+    Returns:
+        None where nothing is shown. Else what has ``resized()``, to be called when a SIGWINCH has
+        come, if a second is too long to wait for it, and ``pause()`` and ``resume()``, for a
+        process that is about to be stopped and that goes on.
+
+    Raises:
+        NotSupportedError: if Rich is not installed (extra ``ui``).
+
+    Example::
+
+        bus = EventBus()
+        async with live_view(bus):
+            async with start_processes("trainer", "./train", args, envs, logs, events=bus) as ctx:
+                result = await ctx.wait()
+        bus.close()
+    """
+    streams = {"stdout": sys.stdout, "stderr": sys.stderr}
+    place = find_terminal(streams, os.environ)
+    if place.fd is None:
+        yield None
+        return
+    try:
+        from asupervise.views.above import standing_in
+        from asupervise.views.driving import LiveView
+    except ModuleNotFoundError as exc:
+        if str(exc.name).partition(".")[0] != "rich":
+            raise
+        message = "the live view needs the package rich"
+        raise NotSupportedError(message, hint="pip install 'asupervise[ui]'") from None
+    flush(streams.values())
+    view = _made(LiveView, bus, title, place, streams)
+    view.start()
+    try:
+        with standing_in(view.streams):
+            yield view
+    finally:
+        await _ended(view)
+
+
+def _made(
+    kind: type[LiveView], bus: EventBus, title: str, place: Place, streams: Mapping[str, Any]
+) -> LiveView:
+    from rich.console import Console as RichConsole
+
+    from asupervise.views.board import Board
+    from asupervise.views.driving import Look
+    from asupervise.views.painting import drawer
+    from asupervise.views.spans import ASCII, UNICODE
+
+    assert place.fd is not None
+    stream = streams[place.streams[0]]
+    # Of Rich's knowledge of terminals: what this one can do, and what its user wants of that.
+    rich = RichConsole(file=stream)
+    styled = rich.color_system is not None
+    coloured = styled and not rich.no_color
+    encoding = (getattr(stream, "encoding", None) or "").lower().replace("-", "")
+    look = Look(
+        drawer(styled=styled, coloured=coloured),
+        UNICODE if encoding.startswith("utf8") else ASCII,
+        coloured,
+    )
+    heard = bus.subscribe(_QUEUE)
+    return kind(Board(title), heard, Terminal(place.fd), look, place.streams)
+
+
+async def _ended(view: LiveView) -> None:
+    ending = asyncio.get_running_loop().create_task(view.end(), name="asupervise: live view, end")
+    try:
+        await asyncio.shield(ending)
+    except asyncio.CancelledError:
+        # Somebody is in a hurry, and the terminal may be slow, or stopped (Ctrl-S).
+        view.hurry()
+        await finished_in_any_case(ending)
+        raise
+    finally:
+        view.close()

@@ -1,0 +1,179 @@
+"""What is written to a terminal so that lines scroll above a table. Pure: text in, text out.
+
+The table is redrawn over itself; where lines are to appear it is wiped, they are written in its
+place, and it is drawn again below them. They go where all that a program writes goes: into the
+terminal's own history. The cursor stays hidden at the table's end.
+
+rich.live.Live does the same, but lays out anew for each line that is printed, writes from the
+calling thread, and leaves a mess where the terminal's width changes: a table that was drawn for a
+wider one is then broken into more lines than it had. Here the last lines are kept, and all of the
+screen is drawn anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
+
+from rich.cells import cell_len
+from rich.color import ColorSystem
+from rich.style import Style
+
+from asupervise.views.rows import Size
+from asupervise.views.spans import Line
+
+__all__ = ["Drawn", "Painter", "drawer", "end_of"]
+
+HIDE_CURSOR: Final = "\x1b[?25l"
+SHOW_CURSOR: Final = "\x1b[?25h"
+# Synchronised output: who knows it shows all or nothing of what stands between; others ignore it.
+_BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
+_TO_LINE_END: Final = "\x1b[K"
+_TO_SCREEN_END: Final = "\x1b[J"
+_HOME: Final = "\x1b[H"
+# Enough to fill a large screen once more.
+_TAIL_CHARS: Final = 64 * 1024
+_COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
+
+_STYLES: Final = {
+    "title": "bold",
+    "head": "dim",
+    "rule": "dim",
+    "dim": "dim",
+    "failed": "bold red",
+    "bad": "red",
+    "restarting": "magenta",
+    "quiet": "yellow",
+    "running": "green",
+    "waiting": "dim",
+    "ending": "yellow",
+    "ended": "dim",
+    "done": "cyan",
+    "bar": "green",
+    "left": "dim",
+}
+
+
+class Drawn(NamedTuple):
+    """A line of the table as it is written.
+
+    Attributes:
+        text: with its colours.
+        cells: how wide it is.
+    """
+
+    text: str
+    cells: int
+
+
+def drawer(*, styled: bool, coloured: bool) -> Callable[[Line], Drawn]:
+    """What draws a line.
+
+    Only the sixteen colours that a person has chosen for his terminal: they can be read on its
+    background, whatever that is.
+
+    Args:
+        styled: whether the terminal knows of bold and dim.
+        coloured: whether it has colours, and may show them (``NO_COLOR``).
+    """
+    marks = {name: _marks(style, styled, coloured) for name, style in _STYLES.items()}
+    nothing = "", ""
+
+    def draw(line: Line) -> Drawn:
+        parts, cells = [], 0
+        for text, style in line:
+            before, after = marks.get(style, nothing)
+            parts.append(f"{before}{text}{after}")
+            cells += cell_len(text)
+        return Drawn("".join(parts), cells)
+
+    return draw
+
+
+def _marks(style: str, styled: bool, coloured: bool) -> tuple[str, str]:
+    """What stands before and after text in a style."""
+    if not styled or not style:
+        return "", ""
+    parsed = Style.parse(style)
+    rendered = (parsed if coloured else parsed.without_color).render(
+        "\0", color_system=ColorSystem.STANDARD
+    )
+    before, _, after = rendered.partition("\0")
+    return before, after
+
+
+class Painter:
+    """Knows what is on the screen, and says what is to be written to change it."""
+
+    def __init__(self) -> None:
+        self._drawn: tuple[Drawn, ...] = ()
+        self._size: Size | None = None
+        # The last lines above the table.
+        self._tail = ""
+
+    def paint(self, text: str, table: Sequence[Drawn], size: Size) -> str:
+        """Show lines above the table, and the table.
+
+        Args:
+            text: whole lines, harmless ones; may be empty.
+            table: its lines, each narrower than the terminal.
+            size: of the terminal, now.
+        """
+        resized = self._size not in (None, size)
+        self._tail = (self._tail + text)[-_TAIL_CHARS:]
+        if resized and (above := self._last_lines(size, len(table))) is not None:
+            parts = [_HOME, *above]
+        elif resized or text:
+            parts = [self._to_top(size), _TO_SCREEN_END, text]
+        else:
+            parts = [self._to_top(size)]
+        parts += [f"{_TO_LINE_END}\r\n".join(line.text for line in table)]
+        # After the last line too, and below it: there may have been more of them.
+        parts += [_TO_LINE_END if table else "", _TO_SCREEN_END]
+        self._drawn, self._size = tuple(table), size
+        return "".join([_BEGIN, *parts, _END])
+
+    def forget_table(self) -> None:
+        """It stays where it is; the next one is drawn below what somebody else writes."""
+        self._drawn = ()
+
+    def _to_top(self, size: Size) -> str:
+        """To the beginning of the table that is there."""
+        before = self._size or size
+        if size.columns < before.columns:
+            # Most terminals have broken its lines by now.
+            rows = sum(_rows(line.cells, size.columns) for line in self._drawn)
+        else:
+            rows = len(self._drawn)
+        up = min(rows, size.lines) - 1
+        return f"\r\x1b[{up}A" if up > 0 else "\r"
+
+    def _last_lines(self, size: Size, below: int) -> list[str] | None:
+        """The last lines, to be written from the top on; None if there are too few for it."""
+        room = size.lines - below
+        lines: list[str] = []
+        for line in reversed(self._tail.split("\n")[:-1]):
+            cells = cell_len(_COLOUR.sub("", line).expandtabs())
+            rows = _rows(cells, size.columns)
+            if rows > room:
+                # Of a line that has only its end on the screen, nothing is shown.
+                return [f"{_TO_LINE_END}\r\n" * room, *reversed(lines)]
+            room -= rows
+            # Behind a last cell that is taken, the terminal would wipe that.
+            fills = cells and cells % size.columns == 0
+            lines.append(f"{line}{'' if fills else _TO_LINE_END}\r\n")
+            if not room:
+                return lines[::-1]
+        return None
+
+
+def end_of(text: str, cells: int) -> str:
+    """The text; of one that is too long, the end, where more will be written."""
+    while cell_len(text) > cells:
+        text = text[max(cell_len(text) - cells, 1) :]
+    return text
+
+
+def _rows(cells: int, columns: int) -> int:
+    return max(1, -(-cells // max(columns, 1)))

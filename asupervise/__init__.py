@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from asupervise.stacks import Stack as Stack
     from asupervise.topology import Topology as Topology
     from asupervise.topology import read_topology as read_topology
-    from asupervise.views.live import live_view as live_view
+    from asupervise.views.live.view import live_view as live_view
     from asupervise.worker import heartbeat as heartbeat
     from asupervise.worker import progress as progress
 
@@ -111,7 +111,7 @@ _HOMES = {
     "handle_signals": "signals",
     "heartbeat": "worker",
     "launch": "elastic.launching",
-    "live_view": "views.live",
+    "live_view": "views.live.view",
     "plan_processes": "procs",
     "progress": "worker",
     "rank_environments": "environ",

@@ -156,7 +156,7 @@ async def _watched(options: LaunchOptions) -> AsyncIterator[EventBus | None]:
         yield None
         return
     from asupervise.bus import EventBus
-    from asupervise.views.live import live_view
+    from asupervise.views.live.view import live_view
 
     bus = EventBus()
     async with live_view(bus, title=os.path.basename(options.script)) as view:

@@ -128,24 +128,28 @@ ROOMS = {
         " views.plain views.ranks views.resources views.rundir views.story views.summary"
         " views.timeline views.words"
     ),
-    "views.rows": room(),
-    "views.board": room("events views.rows"),
-    "views.harmless": room(),
-    "views.spans": room("views.rows", others="rich"),
-    "views.columns": room("views.harmless views.rows views.spans", others="rich"),
-    "views.layout": room("views.columns views.harmless views.rows views.spans", others="rich"),
-    "views.painting": room("views.rows views.spans", others="rich"),
-    "views.last_lines": room(),
-    "views.tty": room("views.rows"),
-    "views.above": room("views.harmless"),
-    "views.driving": room(
-        "bus views.above views.board views.last_lines views.layout views.painting"
-        " views.rows views.spans views.tty",
+    "views.live.__init__": room(),
+    "views.live.rows": room(),
+    "views.live.board": room("events views.live.rows"),
+    "views.live.text": room("views.plain"),
+    "views.live.spans": room("views.live.rows", others="rich"),
+    "views.live.columns": room("views.live.text views.live.rows views.live.spans", others="rich"),
+    "views.live.layout": room(
+        "views.live.columns views.live.text views.live.rows views.live.spans", others="rich"
+    ),
+    "views.live.painting": room("views.live.rows views.live.spans", others="rich"),
+    "views.live.last_lines": room(),
+    "views.live.tty": room("views.live.rows"),
+    "views.live.above": room("views.live.text"),
+    "views.live.driving": room(
+        "bus views.live.above views.live.board views.live.last_lines views.live.layout"
+        " views.live.painting views.live.rows views.live.spans views.live.tty",
         asynchronous=True,
     ),
-    "views.live": room(
-        "bus errors shielding views.tty",
-        lazily="views.above views.board views.driving views.painting views.spans",
+    "views.live.view": room(
+        "bus errors shielding views.live.tty",
+        lazily="views.live.above views.live.board views.live.driving views.live.painting"
+        " views.live.spans",
         others="rich",
         asynchronous=True,
     ),
@@ -316,7 +320,7 @@ ROOMS = {
     "cli": room(
         "errors options",
         lazily="bus dryrun elastic.agent elastic.launching elastic.node elastic.records"
-        " elastic.running error_handler failures job procs result signals views.live",
+        " elastic.running error_handler failures job procs result signals views.live.view",
         asynchronous=True,
     ),
     "__main__": room("cli"),

@@ -14,6 +14,8 @@ from typing import Any, Final, NamedTuple
 
 __all__ = [
     "PLAIN",
+    "SEQUENCE",
+    "UNSHOWN",
     "Style",
     "cut_middle",
     "decoded",
@@ -26,7 +28,7 @@ __all__ = [
 ]
 
 # A sequence ends in its own line: a string that is never closed must not swallow what follows.
-_SEQUENCE: Final = re.compile(
+SEQUENCE: Final = re.compile(
     r"\x1b(?:"
     r"\[(?P<sgr>[0-9;:]*)m"
     r"|\[[0-?]*[ -/]*[@-~]"  # other control sequences: the cursor, erasing, modes
@@ -36,7 +38,7 @@ _SEQUENCE: Final = re.compile(
 )
 # Beside control characters: marks, embeddings and isolates of direction; separators that end lines
 # for some; what has no width and is used to hide text (byte order mark, tags).
-_UNSHOWN: Final = re.compile(
+UNSHOWN: Final = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
@@ -54,7 +56,7 @@ def shown(text: str) -> str:
         >>> shown("a\0b\u202ec")
         'a\u2400b\\u202ec'
     """
-    return _UNSHOWN.sub(_sign, text)
+    return UNSHOWN.sub(_sign, text)
 
 
 def _sign(found: re.Match[str]) -> str:
@@ -73,7 +75,7 @@ def without_sequences(text: str) -> str:
         >>> without_sequences("\x1b[31mred\x1b[0m \x1b]0;title\x07!")
         'red !'
     """
-    return shown(_SEQUENCE.sub("", text) if "\x1b" in text else text)
+    return shown(SEQUENCE.sub("", text) if "\x1b" in text else text)
 
 
 def one_line(text: str, limit: int = 200) -> str:
@@ -157,7 +159,7 @@ def styled(text: str, style: Style = PLAIN) -> Iterator[tuple[Style, str]]:
         [(None, 'a'), (1, 'b')]
     """
     start = 0
-    for found in _SEQUENCE.finditer(text):
+    for found in SEQUENCE.finditer(text):
         if found.start() > start:
             yield style, shown(text[start : found.start()])
         start = found.end()

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from asupervise import events
-from asupervise.views.board import QUIET_S, Board
-from asupervise.views.rows import NS, Picture, Row, State, how_ended
+from asupervise.views.live.board import QUIET_S, Board
+from asupervise.views.live.rows import NS, Picture, Row, State, how_ended
 
 S = State
 Kind = Callable[..., events.Event]

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from asupervise.views.layout import Layout, lay_out, room
-from asupervise.views.rows import NS, News, Picture, Row, State
-from asupervise.views.spans import ASCII, UNICODE
+from asupervise.views.live.layout import Layout, lay_out, room
+from asupervise.views.live.rows import NS, News, Picture, Row, State
+from asupervise.views.live.spans import ASCII, UNICODE
 
 S = State
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from asupervise.views.layout import room
+from asupervise.views.live.layout import room
 from tests.browser import PICTURES_VARIABLE
 from tests.conftest import ROOT, clean_environment, wait_gone
 from tests.live.screens import Screen, take_picture, tmux_or_skip

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asupervise.views.harmless import harmless, plain
+from asupervise.views.live.text import harmless, in_a_cell
 
 COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 
@@ -21,17 +21,16 @@ COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
         ("größer 数\n", "größer 数\n"),
         ("a\x1b[2J\x1b[Hb\n", "ab\n"),
         ("a\x1b[31mb\n", "ab\n"),
-        ("a\x07\x00\x08b\x7f\n", "a^G^@^Hb^?\n"),
-        # A title, the clipboard, a device's string: shown, so that nothing hides in it.
-        ("\x1b]0;owned\x07\n", "^[]0;owned^G\n"),
-        ("\x1b]52;c;aGk=\x1b\\\n", "^[]52;c;aGk=^[\\\n"),
-        ("\x1bP+q\x1b\\\x1bc\n", "^[P+q^[\\^[c\n"),
+        ("a\x07\x00\x08b\x7f\n", "a␇␀␈b␡\n"),
+        # A title, the clipboard, a device's string, one that is not closed.
+        ("\x1b]0;owned\x07a\x1b]52;c;aGk=\x1b\\b\n", "ab\n"),
+        ("\x1bP+q\x1b\\c\x1bcd\x1b]0;begun\n", "cd␛]0;begun\n"),
         ("\x9b2J\x85\n", "\\x9b2J\\x85\n"),
         # What turns the direction of writing.
         ("abc\u202ecba\u2066\n", "abc\\u202ecba\\u2066\n"),
-        ("windows\r\nover\rwritten\r\n", "windows\nover^Mwritten\n"),
-        # Too long to be a sequence; cut off.
-        ("\x1b[" + "1" * 100 + "m\x1b[3", "^[[" + "1" * 100 + "m^[[3"),
+        ("windows\r\nover\rwritten\r\n", "windows\nover␍written\n"),
+        # What is left of one that another stands in.
+        ("\x1b\x1b[31m[2J\x1b[3", "␛[2J␛[3"),
     ],
 )
 def test_what_is_shown(text: str, shown: str) -> None:
@@ -42,10 +41,11 @@ def test_colours_stay_and_end_with_their_line() -> None:
     text = "\x1b[1;31mred\nplain\x1b[38;2;1;2;3mtrue\x1b[2J\n\x1b[?25l\x1b[3 q\n"
     shown = "\x1b[1;31mred\x1b[0m\nplain\x1b[38;2;1;2;3mtrue\x1b[0m\n\n"
     assert harmless(text, colours=True) == shown
+    assert harmless("\x1b[" + "1" * 100 + "mlong", colours=True) == "long"
 
 
 def test_a_cell_has_one_line_without_colours() -> None:
-    assert plain("a\tb\nc \x1b[31md\x1b[0m\x00") == "a b c d^@"
+    assert in_a_cell("a\tb\nc \x1b[31md\x1b[0m\x00") == "a b c d␀"
 
 
 @given(st.text(st.characters() | st.sampled_from("\x1b[]m;0\x9b\n\r\0")), st.booleans())
@@ -60,7 +60,7 @@ def test_nothing_acts(text: str, colours: bool) -> None:
 
 @given(st.text())
 def test_a_cell_is_one_line(text: str) -> None:
-    assert not {c for c in plain(text) if unicodedata.category(c) in ("Cc", "Zl", "Zp")}
+    assert not {c for c in in_a_cell(text) if unicodedata.category(c) in ("Cc", "Zl", "Zp")}
 
 
 def test_it_takes_linear_time() -> None:

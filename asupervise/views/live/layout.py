@@ -1,7 +1,7 @@
 """A picture of a run into the lines of a table, for a terminal of any size. Pure.
 
 Each line is spans of text with the name of a style, and never wider than asked for. Which style is
-drawn how, is `views.painting`'s.
+drawn how, is `views.live.painting`'s.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Final, NamedTuple
 
 from rich.cells import cell_len
 
-from asupervise.views.columns import OVER, Columns
-from asupervise.views.harmless import plain
-from asupervise.views.rows import NS, Picture, Row, State
-from asupervise.views.spans import (
+from asupervise.views.live.columns import OVER, Columns
+from asupervise.views.live.rows import NS, Picture, Row, State
+from asupervise.views.live.spans import (
     UNICODE,
     Glyphs,
     Line,
@@ -28,6 +27,7 @@ from asupervise.views.spans import (
     joined,
     percent,
 )
+from asupervise.views.live.text import in_a_cell
 
 __all__ = ["Layout", "lay_out", "room"]
 
@@ -131,7 +131,7 @@ class _Table:
         rule = self._glyphs.rule
         end = self._ruled([f" {text} " for text in self._facts()])
         room = self._width - cells(end)
-        name = plain(self.picture.title)
+        name = in_a_cell(self.picture.title)
         counts = self._counts(words=True)
         # What the marks mean can be seen in the rows as well.
         if cells(counts) + min(cell_len(name), _TITLE_CELLS) + 5 > room:
@@ -185,7 +185,7 @@ class _Table:
 
     def news(self) -> list[Line]:
         news = self.picture.news
-        if news is None or not (text := plain(news.text)):
+        if news is None or not (text := in_a_cell(news.text)):
             return []
         text = fitted(text, self._width, self._glyphs.ellipsis)
         return [(Span(text, "bad" if news.is_bad else ""),)]

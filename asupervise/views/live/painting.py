@@ -20,8 +20,8 @@ from rich.cells import cell_len
 from rich.color import ColorSystem
 from rich.style import Style
 
-from asupervise.views.rows import Size
-from asupervise.views.spans import Line
+from asupervise.views.live.rows import Size
+from asupervise.views.live.spans import Line
 
 __all__ = ["Drawn", "Painter", "drawer", "end_of"]
 

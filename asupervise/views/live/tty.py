@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
-from asupervise.views.rows import Size
+from asupervise.views.live.rows import Size
 
 __all__ = ["Place", "Terminal", "find_terminal"]
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 from asupervise.bus import EventBus
 from asupervise.errors import NotSupportedError
 from asupervise.shielding import finished_in_any_case
-from asupervise.views.tty import Place, Terminal, find_terminal, flush
+from asupervise.views.live.tty import Place, Terminal, find_terminal, flush
 
 if TYPE_CHECKING:
-    from asupervise.views.driving import LiveView
+    from asupervise.views.live.driving import LiveView
 
 __all__ = ["live_view"]
 
@@ -62,8 +62,8 @@ async def live_view(bus: EventBus, *, title: str = "") -> AsyncIterator[LiveView
         yield None
         return
     try:
-        from asupervise.views.above import standing_in
-        from asupervise.views.driving import LiveView
+        from asupervise.views.live.above import standing_in
+        from asupervise.views.live.driving import LiveView
     except ModuleNotFoundError as exc:
         if str(exc.name).partition(".")[0] != "rich":
             raise
@@ -84,10 +84,10 @@ def _made(
 ) -> LiveView:
     from rich.console import Console as RichConsole
 
-    from asupervise.views.board import Board
-    from asupervise.views.driving import Look
-    from asupervise.views.painting import drawer
-    from asupervise.views.spans import ASCII, UNICODE
+    from asupervise.views.live.board import Board
+    from asupervise.views.live.driving import Look
+    from asupervise.views.live.painting import drawer
+    from asupervise.views.live.spans import ASCII, UNICODE
 
     assert place.fd is not None
     stream = streams[place.streams[0]]

@@ -8,9 +8,8 @@ from typing import Final, NamedTuple
 
 from rich.cells import cell_len
 
-from asupervise.views.harmless import plain
-from asupervise.views.rows import NS, Picture, Row, State, how_ended
-from asupervise.views.spans import (
+from asupervise.views.live.rows import NS, Picture, Row, State, how_ended
+from asupervise.views.live.spans import (
     Glyphs,
     Line,
     Span,
@@ -24,6 +23,7 @@ from asupervise.views.spans import (
     percent,
     rough,
 )
+from asupervise.views.live.text import in_a_cell
 
 __all__ = ["OVER", "Columns"]
 
@@ -65,7 +65,7 @@ class Columns:
 
     def name(self, row: Row) -> str:
         """The rank, after the group's name where there are several."""
-        return f"{plain(row.group)}{row.rank}" if self._several else str(row.rank)
+        return f"{in_a_cell(row.group)}{row.rank}" if self._several else str(row.rank)
 
     def heads(self) -> Line:
         return self._line(lambda column: [Span(column.head, "head")])
@@ -121,7 +121,7 @@ class Columns:
             columns.append(_text("CPU", 5, lambda row: percent(row.cpu), right=True))
             columns.append(_text("MEMORY", 6, lambda row: memory(row.rss_bytes), right=True))
         if any(row.gpu for row in rows):
-            columns.append(_text("GPU", 12, lambda row: plain(row.gpu)))
+            columns.append(_text("GPU", 12, lambda row: in_a_cell(row.gpu)))
         if any(row.restarts for row in rows):
             columns.append(_text("RESTARTS", 8, lambda row: str(row.restarts or ""), right=True))
         return columns
@@ -160,8 +160,8 @@ class Columns:
 
     def _last(self, row: Row) -> list[Span]:
         if row.message:
-            return [Span(plain(row.message), "bad" if row.state is State.FAILED else "quiet")]
-        return [Span(plain(row.last_line))]
+            return [Span(in_a_cell(row.message), "bad" if row.state is State.FAILED else "quiet")]
+        return [Span(in_a_cell(row.last_line))]
 
 
 def _text(head: str, width: int, text: Callable[[Row], str], *, right: bool = False) -> _Column:

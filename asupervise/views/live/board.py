@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from asupervise import events
-from asupervise.views.rows import NS, News, Picture, Row, State, how_ended
+from asupervise.views.live.rows import NS, News, Picture, Row, State, how_ended
 
 __all__ = ["Board"]
 

@@ -16,14 +16,14 @@ from contextlib import suppress
 from typing import Final, NamedTuple
 
 from asupervise.bus import Subscription
-from asupervise.views.above import Above
-from asupervise.views.board import Board
-from asupervise.views.last_lines import LastLines
-from asupervise.views.layout import Layout, lay_out, room
-from asupervise.views.painting import HIDE_CURSOR, SHOW_CURSOR, Drawn, Painter, end_of
-from asupervise.views.rows import Size
-from asupervise.views.spans import UNICODE, Glyphs, Line, Span
-from asupervise.views.tty import Terminal
+from asupervise.views.live.above import Above
+from asupervise.views.live.board import Board
+from asupervise.views.live.last_lines import LastLines
+from asupervise.views.live.layout import Layout, lay_out, room
+from asupervise.views.live.painting import HIDE_CURSOR, SHOW_CURSOR, Drawn, Painter, end_of
+from asupervise.views.live.rows import Size
+from asupervise.views.live.spans import UNICODE, Glyphs, Line, Span
+from asupervise.views.live.tty import Terminal
 
 __all__ = ["LiveView", "Look"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final, Protocol
 
-from asupervise.views.harmless import harmless, plain
+from asupervise.views.live.text import harmless, in_a_cell
 
 __all__ = ["Above", "Taker", "standing_in"]
 
@@ -53,7 +53,7 @@ class Above(io.TextIOBase):
 
     @property
     def unfinished(self) -> str:
-        return plain(self._begun)
+        return in_a_cell(self._begun)
 
     def isatty(self) -> bool:
         return True

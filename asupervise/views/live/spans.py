@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from rich.cells import cell_len, set_cell_size
 
-from asupervise.views.rows import State
+from asupervise.views.live.rows import State
 
 __all__ = ["ASCII", "UNICODE", "Glyphs", "Line", "Span", "cells", "cut", "fitted", "joined"]
 

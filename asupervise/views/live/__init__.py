@@ -1,0 +1,1 @@
+"""The live view: a table at the end of a terminal; empty."""

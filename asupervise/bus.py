@@ -201,6 +201,7 @@ class Subscription:
         for told in history:
             self._queue.add(told)
         self._queue.dropped = history.dropped
+        self._admitted = 0
         self._maxsize = maxsize
         self._stirred = asyncio.Event()
         self._ended = False
@@ -230,6 +231,22 @@ class Subscription:
         taken = [told.event() for told in self._queue]
         self._queue.clear()
         self._queue.shrink(self._maxsize)
+        return taken
+
+    def take_saying_gaps(self) -> list[Event]:
+        """As :meth:`take`, with a `Warned` at the beginning if some have been dropped since."""
+        taken = self.take()
+        missing, self._admitted = self.dropped - self._admitted, self.dropped
+        if taken and missing:
+            from asupervise.events import Warned
+
+            first = taken[0]
+            text = f"{missing} event{'s were' if missing > 1 else ' was'} left out here"
+            gap = Warned(
+                monotonic_ns=first.monotonic_ns, time=first.time, run_id=first.run_id,
+                group=first.group, attempt=first.attempt, node=first.node, text=text,
+            )  # fmt: skip
+            taken.insert(0, gap)
         return taken
 
     async def wait(self) -> bool:

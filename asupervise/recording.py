@@ -97,7 +97,8 @@ class Recorder:
             if self._task is not None:
                 await asyncio.wait({self._task})
                 self._task.result()
-        except OSError as exc:
+        except Exception as exc:
+            # Mostly a full disk. Whatever it is, it must not take the run's result away.
             return f"{self._run_dir}: what has happened could not be written down: {exc}"
         return await self._made_report() if stays and self._report else None
 
@@ -105,7 +106,7 @@ class Recorder:
         try:
             await asyncio.to_thread(_write_report, self._run_dir)
         except Exception as exc:
-            # Whatever is wrong with a page must not take the run's result away.
+            # Likewise, whatever is wrong with a page.
             if _is_there(self._run_dir):
                 return f"{self._run_dir}: no report could be made: {exc}"
         return None
@@ -115,7 +116,7 @@ class Recorder:
         lines = [header()]
         try:
             while await subscription.wait():
-                lines += map(line_of, subscription.take())
+                lines += map(line_of, subscription.take_saying_gaps())
                 await asyncio.to_thread(_append, path, lines)
                 lines = []
         finally:

@@ -114,7 +114,10 @@ def progress(done: float, total: float | None = None) -> None:
 
 
 def _finite(name: str, value: float) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{name}: {value!r}: expected a finite number")
     return number

@@ -265,6 +265,18 @@ async def test_the_history_is_bounded_and_what_it_lacks_is_counted() -> None:
     assert said(stream.take()) == ["b", "c"]
 
 
+async def test_a_gap_is_said_once_where_that_is_wanted() -> None:
+    bus = EventBus(history=0)
+    stream = bus.subscribe(maxsize=2)
+    warn(bus, "a", "b", "c")
+    assert said(stream.take_saying_gaps()) == ["1 event was left out here", "b", "c"]
+    assert stream.take_saying_gaps() == []
+    warn(bus, "d")
+    assert said(stream.take_saying_gaps()) == ["d"]
+    warn(bus, *"efgh")
+    assert said(stream.take_saying_gaps()) == ["2 events were left out here", "g", "h"]
+
+
 async def test_a_slow_consumer_slows_nobody() -> None:
     bus = EventBus(history=10)
     slow, quick = bus.subscribe(maxsize=10), bus.subscribe(maxsize=10_000)

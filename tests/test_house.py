@@ -556,6 +556,16 @@ def test_worker_side_needs_the_standard_library_only(module: str) -> None:
     assert HEAVY.isdisjoint(loaded.split())
 
 
+def test_a_plain_run_loads_nothing_of_those_who_show_it() -> None:
+    """Events are told, and kept as they are: who shows them is imported where that is wanted."""
+    program = "import sys; from asupervise.cli import main; main(['--no-python', 'true'])"
+    loaded = run_python(f"{program}; print(*sys.modules)").split()
+    consumers = {"asupervise.events", "asupervise.pulses", "asupervise.consumers", "json"}
+    assert consumers.isdisjoint(loaded)
+    folders = ("asupervise.exporters", "asupervise.views", "opentelemetry", "prometheus_client")
+    assert [name for name in loaded if name.startswith(folders)] == []
+
+
 SIDE_EFFECTS = """
 import json, logging, os, signal, sys, threading
 import asyncio, importlib, warnings

@@ -557,6 +557,28 @@ async def test_who_only_records_costs_no_watching(tmp_path: Path, channel: Chann
         assert of(ctx.events().take(), FirstOutput) == []
 
 
+@pytest.mark.parametrize("listening", [False, True])
+async def test_a_silent_group_wakes_nobody(
+    tmp_path: Path, channel: Channel, listening: bool
+) -> None:
+    """No timer is left once it has settled, whoever listens."""
+    loop: Any = asyncio.get_running_loop()
+
+    def timers() -> list[asyncio.TimerHandle]:
+        return [handle for handle in loop._scheduled if not handle.cancelled()]
+
+    async with worker(tmp_path, "go()", memory_sample_interval=0) as ctx:
+        streams = [ctx.events()] if listening else []
+        await channel.lines(1)
+        await settle()
+        while left := timers():
+            await asyncio.sleep(max(handle.when() for handle in left) - loop.time())
+            await settle()
+        await channel.open_gate()
+        await ctx.wait()
+    assert len(streams) == listening
+
+
 async def test_memory_and_cpu_time_are_told(tmp_path: Path, channel: Channel) -> None:
     code = """
         x = bytearray(50 << 20)

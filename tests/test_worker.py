@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import subprocess
@@ -11,15 +12,24 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import asupervise
 from asupervise import worker
-from asupervise.worker import HEARTBEAT_VARIABLE, STACKS_SIGNAL, STACKS_VARIABLE
+from asupervise.worker import (
+    HEARTBEAT_VARIABLE,
+    PROGRESS_VARIABLE,
+    STACKS_SIGNAL,
+    STACKS_VARIABLE,
+    parse_progress,
+)
 
 
 @pytest.fixture(autouse=True)
 def _no_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(HEARTBEAT_VARIABLE, raising=False)
+    monkeypatch.delenv(PROGRESS_VARIABLE, raising=False)
     monkeypatch.delenv(STACKS_VARIABLE, raising=False)
 
 
@@ -114,6 +124,96 @@ def test_a_heartbeat_costs_no_descriptor_and_no_import(tmp_path: Path) -> None:
         ASUPERVISE_HEARTBEAT_FILE=str(tmp_path / "heartbeat"),
     )
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+# --- progress -----------------------------------------------------------------------------------
+
+finite = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**300), 10**300)
+
+
+def test_progress_outside_a_supervisor_does_nothing() -> None:
+    assert asupervise.progress is worker.progress
+    assert worker.progress(1) is None
+    assert worker.progress(1.5, total=3) is None
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("progress") / "progress"
+
+
+@given(finite, st.none() | finite)
+def test_progress_is_read_as_it_was_told(told: Path, done: float, total: float | None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PROGRESS_VARIABLE, str(told))
+        worker.progress(done, total)
+    done, total = float(done), None if total is None else float(total)
+    assert parse_progress(told.read_bytes()) == (done, total)
+    # Of one length, so that what was told before shows through nowhere.
+    assert told.stat().st_size == 64
+    assert told.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("supervised", [False, True])
+def test_progress_that_is_no_finite_number_is_refused(
+    told: Path, monkeypatch: pytest.MonkeyPatch, value: float, supervised: bool
+) -> None:
+    """Also where nobody watches: a mistake shows itself in the first test of a program."""
+    if supervised:
+        monkeypatch.setenv(PROGRESS_VARIABLE, str(told))
+    with pytest.raises(ValueError, match=r"done: .*: expected a finite number"):
+        worker.progress(value)
+    with pytest.raises(ValueError, match=r"total: .*: expected a finite number"):
+        worker.progress(1, value)
+
+
+def test_progress_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="abc"):
+        worker.progress("abc")
+    with pytest.raises(TypeError):
+        worker.progress(None)
+    with pytest.raises(ValueError, match="expected a finite number"):
+        worker.progress(10**400)
+
+
+def test_progress_that_cannot_be_told_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PROGRESS_VARIABLE, str(tmp_path / "gone" / "progress"))
+    worker.progress(1)
+    monkeypatch.setenv(PROGRESS_VARIABLE, "/dev/full")
+    worker.progress(1)
+    monkeypatch.setenv(PROGRESS_VARIABLE, str(tmp_path))
+    worker.progress(1)
+
+
+def test_progress_costs_no_descriptor_and_no_import(tmp_path: Path) -> None:
+    done = run(
+        """
+        import os, sys, asupervise
+        before = set(os.listdir("/proc/self/fd"))
+        for step in range(100):
+            asupervise.progress(step, 100)
+        assert set(os.listdir("/proc/self/fd")) == before
+        assert not {"asyncio", "json", "re", "signal"} & set(sys.modules)
+        """,
+        ASUPERVISE_PROGRESS_FILE=str(tmp_path / "progress"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@given(st.binary(max_size=300))
+def test_whatever_stands_there_is_progress_or_nothing(text: bytes) -> None:
+    found = parse_progress(text)
+    assert found is None or all(number is None or math.isfinite(number) for number in found)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"\n", b"x", b"1 2 3", b"nan", b"1 inf", b"1e999", b"1 x", b"\xff", b"\x001"]
+)
+def test_what_is_no_progress_is_none(text: bytes) -> None:
+    assert parse_progress(text) is None
 
 
 # --- stack dumps --------------------------------------------------------------------------------

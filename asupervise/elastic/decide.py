@@ -150,7 +150,8 @@ def _of_running(view: View, terms: Terms, policy: Policy) -> Round | None:
     ended = [node for node in here if node.done == round.number]
     if lost:
         # Even where another has failed: what is left when a node goes breaks of that.
-        return _opened(round, f"node {_names(lost)} is lost")
+        hosts = tuple(member.host for member in lost)
+        return _opened(round, f"node {', '.join(hosts)} is lost")._replace(lost=hosts)
     if view.culprits:
         # Only when all have answered is it certain that none of them was lost before.
         if len(ended) < len(here):
@@ -166,10 +167,6 @@ def _of_running(view: View, terms: Terms, policy: Policy) -> Round | None:
     if waiting and not ended and len(round.members) < terms.max_nodes:
         return _opened(round, "a node has joined")
     return None
-
-
-def _names(members: Sequence[Member]) -> str:
-    return ", ".join(member.host for member in members)
 
 
 def _opened(round: Round, why: str, **changes: float) -> Round:

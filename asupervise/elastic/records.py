@@ -131,6 +131,7 @@ class Round(NamedTuple):
         succeeded: of a run that is over.
         culprit: what it failed of, if it did.
         order: ids of the former round's members, whose places are kept.
+        lost: hosts of those of them whose lease has ended: why there is this round.
     """
 
     number: int
@@ -145,6 +146,7 @@ class Round(NamedTuple):
     succeeded: bool = False
     culprit: Culprit | None = None
     order: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:

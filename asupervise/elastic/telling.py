@@ -28,8 +28,6 @@ class RunTeller:
         self._max_restarts = max_restarts
         self._ids = {"run_id": run_id, "node": os.uname().nodename}
         self._last: Round | None = None
-        # By id, of the last round with us in it.
-        self._hosts: dict[str, str] = {}
 
     def round_is_news(self, round: Round) -> bool:
         """Tell of a round, where that has not been done; returns whether it had not."""
@@ -40,6 +38,9 @@ class RunTeller:
         if known:
             return False
         self._last = round
+        if last is not None and round.number > last.number:
+            for host in round.lost:
+                self.bus.tell("MemberLost", **self._ids, member=host, reason=round.why)
         if last is not None and round.restarts > last.restarts:
             self._restarting(round)
         return True
@@ -53,12 +54,6 @@ class RunTeller:
     def round_completed(self, round: Round) -> None:
         """It has its members, and this node is one."""
         hosts = tuple(member.host or member.address or member.id for member in round.members)
-        ids = {member.id: host for member, host in zip(round.members, hosts, strict=True)}
-        if "lost" in round.why:
-            for left, host in self._hosts.items():
-                if left not in ids:
-                    self.bus.tell("MemberLost", **self._ids, member=host, reason=round.why)
-        self._hosts = ids
         self.bus.tell(
             "RoundCompleted", **self._ids,
             round=round.number, members=hosts, world_size=round.world_size,

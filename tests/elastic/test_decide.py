@@ -150,10 +150,12 @@ def test_all_have_succeeded() -> None:
     ],
 )
 def test_a_new_round_that_is_no_failure(known: list[Node], why: str) -> None:
+    lost = tuple(host for host in ("host-a", "host-b") if host in why)
     before = running("ab", 4, restarts=2, broken=1)
     known = [n._replace(done=4 if n.done == 0 else n.done) for n in known]
     opened = decide(View(before, nodes(*known)), Terms(1, 3), POLICY, NOW)
-    assert opened == Round(5, "open", restarts=2, broken=1, why=why, order=("a", "b"))
+    more = {"why": why, "order": ("a", "b"), "lost": lost}
+    assert opened == Round(5, "open", restarts=2, broken=1, **more)
 
 
 def test_a_failure_is_judged_when_all_have_answered() -> None:

@@ -71,6 +71,7 @@ RECORDS = st.one_of(
         succeeded=st.booleans(),
         culprit=st.none() | CULPRITS,
         order=st.lists(TEXTS, max_size=3).map(tuple),
+        lost=st.lists(TEXTS, max_size=3).map(tuple),
     ),
 )
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from asupervise.errors import ZygoteError as ZygoteError
     from asupervise.failures import ProcessFailure as ProcessFailure
     from asupervise.failures import root_cause as root_cause
+    from asupervise.formats import ConsoleFormat as ConsoleFormat
     from asupervise.functions.zygote import Zygote as Zygote
     from asupervise.handler import SubprocessHandler as SubprocessHandler
     from asupervise.lines import LogLine as LogLine
@@ -79,6 +80,7 @@ _HOMES = {
     "AffinityMode": "binding",
     "BindingError": "errors",
     "ChildFailedError": "result",
+    "ConsoleFormat": "formats",
     "DefaultLogsSpecs": "logs",
     "ErrorHandler": "error_handler",
     "EventBus": "bus",

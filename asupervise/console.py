@@ -73,6 +73,9 @@ class Console:
         broken: why the stream takes nothing any more, or None.
     """
 
+    # People read here: see `Sink`.
+    keeps_together = True
+
     def __init__(
         self, stream: TextIO | None, executor: Executor, screen: Screen | None = None
     ) -> None:

@@ -34,6 +34,7 @@ from asupervise.telling import GroupTeller
 from asupervise.work import ProgramWork, Work
 
 if TYPE_CHECKING:
+    from asupervise.formats import ConsoleFormat
     from asupervise.lines import LogLine
     from asupervise.pulses import Pulses
     from asupervise.stacks import Stack
@@ -349,7 +350,7 @@ class PContext:
             files.make_folders(self.plan)
             if self._options.subreaper:
                 self._cleanup.cgroup = cgroups.make(self.plan.token)
-            async with _streams_of(self.plan, warnings) as self._streams:
+            async with _streams_of(self.plan, warnings, self._options.console) as self._streams:
                 try:
                     async with self._guarded(warnings) as guardian, self._prepared(warnings):
                         warnings += await self._run(guardian)
@@ -509,12 +510,12 @@ class PContext:
 
 
 def _streams_of(
-    plan: GroupPlan, warnings: list[str]
+    plan: GroupPlan, warnings: list[str], form: ConsoleFormat | None
 ) -> AbstractAsyncContextManager[LogStreams | None]:
     """The log streams of the group as a context manager; an empty one if nothing is teed."""
     if any(worker.tee_stdout or worker.tee_stderr for worker in plan.workers):
         # Imported here: a run that shows nothing pays neither for aiofiles nor for anyio.
         from asupervise.streaming import open_streams
 
-        return open_streams(plan, warnings)
+        return open_streams(plan, warnings, form)
     return nullcontext()

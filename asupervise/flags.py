@@ -275,6 +275,29 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             variable="TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE",
         ),
         Flag(
+            "--color",
+            "Colour the prefix of each line by rank. auto: on a terminal, unless NO_COLOR is set; "
+            "always; never (default: auto).",
+            _choice("auto", "always", "never"),
+            "WHEN",
+            ours=True,
+        ),
+        Flag("--timestamps", "Show before each teed line when it was read.", ours=True),
+        Flag(
+            "--log-format",
+            "How teed lines look. text: with their prefix; json: an object each, with time, rank, "
+            "local_rank, stream, group and text (default: text).",
+            _choice("text", "json"),
+            "FORMAT",
+            ours=True,
+        ),
+        Flag(
+            "--dedup",
+            "Show a teed line that several ranks say within a moment once, with all of them in "
+            "its prefix, as in [default0-6,9]:. Files are never changed.",
+            ours=True,
+        ),
+        Flag(
             "--no-report",
             "Leave neither events.jsonl nor report.html in the run's folder.",
             ours=True,

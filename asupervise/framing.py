@@ -46,6 +46,22 @@ class Framed:
     unfinished: bool
 
 
+def with_prefix(framed: Framed, prefix: bytes, *, begun: bool) -> Framed:
+    """What a framer without a prefix has given out of one line, with a prefix.
+
+    Args:
+        framed: of one line.
+        prefix: is put before it.
+        begun: whether part of the line has been given out before.
+    """
+    fresh = prefix + framed.fresh if framed.fresh else b""
+    if not begun:
+        return Framed(fresh, fresh, framed.rest, framed.unfinished)
+    overwritten = framed.fresh and framed.resumed == b"\n" + framed.fresh
+    resumed = b"\n" + fresh if overwritten else framed.resumed
+    return Framed(resumed, fresh, framed.rest, framed.unfinished)
+
+
 class LineFramer:
     r"""Frames one stream of one worker.
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from asupervise.binding import NumaOptions
+    from asupervise.formats import ConsoleFormat
     from asupervise.logs import LogsSpecs
 
     Threads = int | Mapping[int, int] | None
@@ -78,6 +79,7 @@ def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
         "subreaper": True,
         "hang_timeout": options.hang_timeout,
         "memory_sample_interval": options.memory_sample_interval,
+        "console": _console(options),
     }
     blueprint = Blueprint(
         nproc=workers,
@@ -214,6 +216,21 @@ def _logs_specs(options: LaunchOptions, workers: int) -> LogsSpecs:
         tee=tee,
         local_ranks_filter=None if ranks is None else set(ranks),
     )
+
+
+def _console(options: LaunchOptions) -> ConsoleFormat | None:
+    """None for the default: what that needs is imported by whoever shows something."""
+    asked: dict[str, Any] = {
+        "color": options.color,
+        "timestamps": options.timestamps,
+        "log_format": options.log_format,
+        "dedup": options.dedup,
+    }
+    if asked == {name: LaunchOptions._field_defaults[name] for name in asked}:
+        return None
+    from asupervise.formats import ConsoleFormat
+
+    return ConsoleFormat(**asked)
 
 
 def _numa_options(options: LaunchOptions) -> NumaOptions | None:

@@ -108,16 +108,10 @@ def sources_of(plan: GroupPlan, ranks: Iterable[int] | None, streams: Std) -> li
 def _sources(worker: WorkerPlan, streams: Std) -> list[Source]:
     paths = {Std.OUT: worker.stdout, Std.ERR: worker.stderr}
     return [
-        Source(path, _global_rank(worker), worker.local_rank, _NAMES[stream])
+        Source(path, worker.rank, worker.local_rank, _NAMES[stream])
         for stream, path in paths.items()
         if stream & streams and path and path != os.devnull
     ]
-
-
-def _global_rank(worker: WorkerPlan) -> int:
-    # Whoever calls `start_processes` himself may have set it to anything.
-    rank = worker.env.get("RANK", "")
-    return int(rank) if rank.isascii() and rank.isdigit() else worker.local_rank
 
 
 class LineReader:

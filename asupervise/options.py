@@ -44,6 +44,10 @@ class LaunchOptions(NamedTuple):
     log_line_prefix_template: str | None = None
     report: bool = True
     live: bool = False
+    color: str = "auto"
+    timestamps: bool = False
+    log_format: str = "text"
+    dedup: bool = False
     logs_specs: str | None = None
 
     numa_binding: str | None = None
@@ -257,6 +261,7 @@ def _checked(options: LaunchOptions) -> LaunchOptions:
             hint="--numa-binding node",
         )
     _check_signals(options)
+    _check_console(options)
     if isinstance(options.nproc_per_node, int):
         check_stdin(options, options.nproc_per_node)
     _check_endpoint(options)
@@ -268,6 +273,22 @@ def check_stdin(options: LaunchOptions, workers: int) -> None:
     if options.stdin is not None and options.stdin >= workers:
         raise UsageError(
             f"--stdin '{options.stdin}': expected a local rank from 0 to {workers - 1}, or none"
+        )
+
+
+def _check_console(options: LaunchOptions) -> None:
+    """What is for teed lines needs some; logs specs of a name may tee what they like."""
+    if options.tee != "0" or options.logs_specs is not None:
+        return
+    asked = {
+        "--timestamps": options.timestamps,
+        "--log-format json": options.log_format == "json",
+        "--dedup": options.dedup,
+    }
+    if name := next((name for name, wanted in asked.items() if wanted), None):
+        raise UsageError(
+            f"{name} is for lines that pass through this console, and --tee names none",
+            hint="--tee 3",
         )
 
 

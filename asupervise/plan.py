@@ -61,6 +61,14 @@ class WorkerPlan:
     error_file: str | None = None
     binding: RankBinding | None = None
 
+    @property
+    def rank(self) -> int:
+        """Its rank over all nodes: ``RANK`` in its environment, or the local one."""
+        # A caller's own environment may say anything.
+        text = self.env.get("RANK", "")
+        known = text.isascii() and text.isdigit() and len(text) < 10
+        return int(text) if known else self.local_rank
+
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:

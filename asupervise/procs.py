@@ -23,6 +23,7 @@ from asupervise.work import work_of
 if TYPE_CHECKING:
     from asupervise.binding import NumaOptions
     from asupervise.bus import EventBus
+    from asupervise.formats import ConsoleFormat
     from asupervise.functions.zygote import Zygote
 
 __all__ = ["PContext", "StartingProcesses", "plan_processes", "start_processes"]
@@ -50,6 +51,7 @@ def start_processes(
     memory_sample_interval: float = DEFAULT_MEMORY_SAMPLE_INTERVAL_S,
     events: EventBus | None = None,
     report: bool = True,
+    console: ConsoleFormat | None = None,
 ) -> StartingProcesses:
     """Start one process a local rank, each in its own session.
 
@@ -101,6 +103,8 @@ def start_processes(
             several groups. It stays open.
         report: whether ``events.jsonl`` and ``report.html`` are left in the run's folder, if that
             stays: one that `logs_specs` name, or a temporary one after a failure.
+        console: how teed lines look on our console; by default with a prefix, which is coloured
+            on a terminal.
 
     Returns:
         An object to ``await`` or to use in ``async with``; both give a :class:`PContext`.
@@ -127,6 +131,7 @@ def start_processes(
         hang_timeout_s=hang_timeout,
         memory_sample_interval_s=memory_sample_interval,
         report=report,
+        console=console,
     )
     return StartingProcesses(spec, numa_options, options, events)
 
@@ -153,6 +158,7 @@ def plan_processes(
     memory_sample_interval: float = DEFAULT_MEMORY_SAMPLE_INTERVAL_S,
     events: EventBus | None = None,
     report: bool = True,
+    console: ConsoleFormat | None = None,
 ) -> GroupPlan:
     """What :func:`start_processes` would do with the same arguments; starts nothing.
 
@@ -175,6 +181,7 @@ def plan_processes(
         preload=preload, stdin=stdin, cwd=cwd, shutdown_timeout=shutdown_timeout,
         guardian=guardian, subreaper=subreaper, hang_timeout=hang_timeout,
         memory_sample_interval=memory_sample_interval, events=events, report=report,
+        console=console,
     )  # fmt: skip
     return starting.plan()
 

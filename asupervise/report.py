@@ -10,6 +10,7 @@ from typing import Final
 
 from asupervise.error_files import join_notes
 from asupervise.failures import NOT_AVAILABLE, ProcessFailure, exit_status, in_order
+from asupervise.ranges import format_ranges
 
 _MAX_WIDTH = 60
 _MAX_OTHERS = 16
@@ -128,13 +129,7 @@ def _grouped(failures: Mapping[int, ProcessFailure]) -> str:
 
 
 def _ranks_text(ranks: list[int]) -> str:
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], rank]
-        else:
-            runs.append([rank])
-    text = ", ".join("-".join(map(str, run)) for run in runs)
+    text = format_ranges(ranks).replace(",", ", ")
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {text}"
 
 

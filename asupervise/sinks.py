@@ -18,12 +18,20 @@ class Sink(Protocol):
         turn: held by whoever writes.
         blocks: taken by a tailer for as long as it holds a block for this sink, so that a reader
             that is slow makes it wait, and not our memory grow.
-        broken: why nothing is taken any more, or None.
     """
 
     turn: asyncio.Lock
     blocks: asyncio.Semaphore
-    broken: Exception | None = None
+
+    @property
+    def broken(self) -> Exception | None:
+        """Why nothing is taken any more, or None."""
+        return None
+
+    @property
+    def keeps_together(self) -> bool:
+        """Whether the turn is worth keeping, so that nobody writes between the lines of one."""
+        return False
 
     @property
     def takes_streams(self) -> bool:

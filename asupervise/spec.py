@@ -13,6 +13,7 @@ from asupervise.logs import DefaultLogsSpecs, LogsSpecs
 
 if TYPE_CHECKING:
     from asupervise.binding import BindingTools, RankBinding
+    from asupervise.formats import ConsoleFormat
     from asupervise.functions.spec import FunctionSpec
 
 DEFAULT_SHUTDOWN_TIMEOUT_S = 30.0
@@ -57,6 +58,7 @@ class RunOptions:
     hang_timeout_s: float | None = None
     memory_sample_interval_s: float = DEFAULT_MEMORY_SAMPLE_INTERVAL_S
     report: bool = True
+    console: ConsoleFormat | None = None
 
     def __post_init__(self) -> None:
         check_timeout("shutdown_timeout", self.shutdown_timeout_s)

@@ -10,16 +10,20 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 from anyio.abc import TaskGroup
 
-from asupervise.console import Console
-from asupervise.framing import LineFilter, LineFramer, Picked
+from asupervise.framing import LineFilter, Picked
 from asupervise.hub import Hub, shared_hub
 from asupervise.plan import GroupPlan, WorkerPlan
+from asupervise.showing import Showing
 from asupervise.tailing import BLOCK_BYTES, Tailer, follow_successor
+
+if TYPE_CHECKING:
+    from asupervise.formats import ConsoleFormat
+    from asupervise.merging import Lane
 
 # Files are watched so long after the last worker's start: a program takes longer to say something,
 # and one that is over by then is not worth a watch.
@@ -107,7 +111,7 @@ class Sifter:
 class _Stream(NamedTuple):
     """One of the two streams of a group, as far as it is teed."""
 
-    console: Console
+    showing: Showing
     needles: tuple[str, ...]
     filtered: FilteredLog | None
 
@@ -118,12 +122,20 @@ class _Source(NamedTuple):
     stream: _Stream
     worker: WorkerPlan
     succeeds: bool = False
+    lane: Lane[Any] | None = None
 
 
 class LogStreams:
     """Streams the teed files of a group to the console; made by :func:`open_streams`."""
 
-    def __init__(self, hub: Hub, group: TaskGroup, stack: AsyncExitStack, plan: GroupPlan) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        group: TaskGroup,
+        stack: AsyncExitStack,
+        plan: GroupPlan,
+        form: ConsoleFormat | None = None,
+    ) -> None:
         self._hub = hub
         self._group = group
         self._sources: dict[Tailer, _Source] = {}
@@ -141,12 +153,14 @@ class LogStreams:
         ):
             if not tees:
                 continue
-            console = stack.enter_context(hub.consoles.shared(getattr(sys, name)))
+            place = getattr(sys, name)
+            console = stack.enter_context(hub.consoles.shared(place))
+            showing = Showing(console, place, name, plan, form, group.start_soon)
             filtered = None
             if needles and path:
                 filtered = FilteredLog(path)
                 stack.callback(filtered.close)
-            self._streams[name] = _Stream(console, needles, filtered)
+            self._streams[name] = _Stream(showing, needles, filtered)
 
     def follow(self, worker: WorkerPlan) -> None:
         """Start to follow a worker's teed files; they exist, because it has been started.
@@ -209,22 +223,28 @@ class LogStreams:
 
     def _tailer(self, path: str, source: _Source) -> Tailer:
         stream, worker = source.stream, source.worker
-        prefix = worker.prefix.encode("utf-8", "surrogateescape")
         sifter = None
         if stream.filtered is not None:
+            prefix = worker.prefix.encode("utf-8", "surrogateescape")
             sifter = Sifter(LineFilter(stream.needles, prefix), stream.filtered)
-        tailer = Tailer(
-            path,
-            LineFramer(prefix),
-            stream.console,
-            self._hub.watches,
-            self._hub.threads,
-            start=self._start,
-            on_replaced=self._follow_successor,
-            sideline=sifter,
-            prompts=worker.stdin,
-        )
-        self._sources[tailer] = source
+        outlet = stream.showing.outlet(worker, another=source.succeeds)
+        try:
+            tailer = Tailer(
+                path,
+                outlet.framer,
+                outlet.sink,
+                self._hub.watches,
+                self._hub.threads,
+                start=self._start,
+                on_replaced=self._follow_successor,
+                sideline=sifter,
+                prompts=worker.stdin,
+            )
+        except OSError:
+            if outlet.lane is not None:
+                outlet.lane.leave()
+            raise
+        self._sources[tailer] = source._replace(lane=outlet.lane)
         return tailer
 
     def _start(self, tailer: Tailer) -> None:
@@ -245,7 +265,9 @@ class LogStreams:
             # The disk, not the worker: the group goes on, and the result says what is missing.
             self._warn(tailer.path, exc)
         finally:
-            del self._sources[tailer]
+            lane = self._sources.pop(tailer).lane
+        if lane is not None:
+            await lane.finish()
 
     def _warn(self, path: str, exc: OSError) -> None:
         self._warnings.append(f"{path}: no longer shown: {exc}")
@@ -259,6 +281,8 @@ class LogStreams:
             self._hub.watches.release(self._hub.threads)
         for tailer in list(self._sources):
             tailer.stop()
+            if tailer.fd < 0 and (lane := self._sources.pop(tailer).lane) is not None:
+                lane.leave()
 
     def close(self) -> None:
         """Let go of all files."""
@@ -269,9 +293,9 @@ class LogStreams:
     def warnings(self) -> list[str]:
         """What could not be shown, a sentence each."""
         broken = [
-            f"{name}: takes nothing any more ({stream.console.broken}); the log files are complete"
+            f"{name}: takes nothing any more ({broken}); the log files are complete"
             for name, stream in self._streams.items()
-            if stream.console.broken is not None
+            if (broken := stream.showing.console.broken) is not None
         ]
         filtered = [
             f"{log.path}: incomplete: {log.broken}"
@@ -282,7 +306,9 @@ class LogStreams:
 
 
 @asynccontextmanager
-async def open_streams(plan: GroupPlan, warnings: list[str]) -> AsyncIterator[LogStreams]:
+async def open_streams(
+    plan: GroupPlan, warnings: list[str], form: ConsoleFormat | None = None
+) -> AsyncIterator[LogStreams]:
     """Everything that is needed to stream a group's logs, for as long as the group lives.
 
     Leaving the context waits until every tailer has shown all that there was.
@@ -291,7 +317,7 @@ async def open_streams(plan: GroupPlan, warnings: list[str]) -> AsyncIterator[Lo
     async with AsyncExitStack() as stack:
         hub = await stack.enter_async_context(shared_hub())
         async with anyio.create_task_group() as group:
-            streams = LogStreams(hub, group, stack, plan)
+            streams = LogStreams(hub, group, stack, plan, form)
             stack.callback(streams.close)
             try:
                 yield streams

@@ -8,18 +8,17 @@ inotify instance (the kernel grants a user only 128) and a constant number of th
 from __future__ import annotations
 
 import asyncio
-import enum
 import io
 import os
-import stat
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
-from functools import cache
 from typing import Any, Protocol
 
 from asupervise.framing import Framed, LineFramer
+from asupervise.places import Place, is_memory, place_of
 from asupervise.sinks import Sink
+from asupervise.tracebacks import OpenTraceback, Stage, begun_in
 from asupervise.watches import Watches
 
 BLOCK_BYTES = 256 * 1024
@@ -32,6 +31,12 @@ _STREAM_S = 0.05
 
 # An unfinished line (a prompt) is shown after this much silence.
 IDLE_S = 0.5
+# For the next line of a traceback others wait so long at the most, and so long in all: Python has
+# to find the source, on a slow disk perhaps. Whether another one follows that goes with it shows
+# soon.
+NEXT_LINE_S = 0.2
+_NEXT_TRACEBACK_S = 0.02
+_TRACEBACK_S = 1.0
 # A progress bar is shown again after this long at the earliest: each time is a line of its own.
 PROGRESS_S = 5.0
 
@@ -169,7 +174,7 @@ class Tailer:
         if not 0 < unread <= _LINES_BYTES:
             return False
         data = self._read_at_once(unread)
-        if not data.endswith(b"\n"):
+        if not data.endswith(b"\n") or begun_in(data) is not None:
             return False
         self._position += len(data)
         self._progress_since = None
@@ -227,21 +232,12 @@ class Tailer:
         return size - self._position
 
     def _look_for_successor(self, ours: os.stat_result) -> None:
-        there = self._look(ours)
-        if there is _Place.EMPTY:
+        there = place_of(self.path, ours)
+        if there is Place.EMPTY:
             self._watches.arm_folder(self)
-            there = self._look(ours)
-        if there is _Place.TAKEN and self._on_replaced is not None and self._on_replaced(self):
+            there = place_of(self.path, ours)
+        if there is Place.TAKEN and self._on_replaced is not None and self._on_replaced(self):
             self._on_replaced = None
-
-    def _look(self, ours: os.stat_result) -> _Place:
-        try:
-            there = os.stat(self.path)
-        except OSError:
-            return _Place.EMPTY
-        if (there.st_ino, there.st_dev) == (ours.st_ino, ours.st_dev):
-            return _Place.OURS
-        return _Place.TAKEN if stat.S_ISREG(there.st_mode) else _Place.EMPTY
 
     # --- the task ---------------------------------------------------------------------------
 
@@ -282,15 +278,18 @@ class Tailer:
     async def _stream(self) -> None:
         """Read, frame and write block after block in one thread: we are far behind."""
         failures: list[OSError] = []
+        last: list[bytes] = []
         async with self._console.turn:
-            await self._console.write_all(self, self._framings(failures))
-            if self._framer.in_long_line and not failures:
-                await self._show_long_line()
+            await self._console.write_all(self, self._framings(failures, last))
+            if last and not failures:
+                await self._show_what_belongs_to(last[0])
         self._progress_since = None
         if failures:
             raise failures[0]
 
-    def _framings(self, failures: list[OSError]) -> Generator[Framed, None, None]:
+    def _framings(
+        self, failures: list[OSError], last: list[bytes]
+    ) -> Generator[Framed, None, None]:
         """What is to be shown of the next blocks; runs in a thread, while our task waits.
 
         Ends after some time, so that the other ranks have their turn at a slow console.
@@ -303,6 +302,7 @@ class Tailer:
                 while (unread := self._unread(fd)) > 0 and time.monotonic() < due:
                     data = os.pread(fd, min(unread, BLOCK_BYTES), self._position)
                     self._position += len(data)
+                    last[:] = [data]
                     if self._sideline is not None and (work := self._sideline.feed(data, fd)):
                         work()
                     if (framed := self._framer.feed(data)) is not None:
@@ -340,7 +340,7 @@ class Tailer:
             return b""  # not in memory any more
         except OSError:
             # EOPNOTSUPP: this file system cannot tell. One that is nothing but memory need not.
-            self._read_flags = 0 if _is_memory(os.fstat(self.fd).st_dev) else None
+            self._read_flags = 0 if is_memory(os.fstat(self.fd).st_dev) else None
             return b""
         return bytes(buffer[:size])
 
@@ -349,7 +349,7 @@ class Tailer:
         framed = self._framer.feed(data)
         if framed is not None:
             self._progress_since = None
-            await self._show(framed)
+            await self._show(framed, data)
 
     async def _feed_sideline(self, data: bytes) -> None:
         if self._sideline is not None and (work := self._sideline.feed(data, self.fd)):
@@ -358,11 +358,31 @@ class Tailer:
     async def _in_thread(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def _show(self, framed: Framed) -> None:
+    async def _show(self, framed: Framed, data: bytes = b"") -> None:
         async with self._console.turn:
             await self._console.write(self, framed)
-            if framed.unfinished and self._framer.in_long_line:
-                await self._show_long_line()
+            await self._show_what_belongs_to(data)
+
+    async def _show_what_belongs_to(self, data: bytes) -> None:
+        """Keep the turn for what is to stand in one piece with what has just been shown."""
+        if self._framer.in_long_line:
+            await self._show_long_line()
+        elif self._console.keeps_together and (begun := begun_in(data)) is not None:
+            await self._show_traceback(begun)
+
+    async def _show_traceback(self, begun: OpenTraceback) -> None:
+        """Nobody may write between the lines of a traceback, as long as they come soon."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + _TRACEBACK_S
+        while begun.stage is not Stage.OVER and loop.time() < due:
+            patience = NEXT_LINE_S if begun.stage is Stage.INSIDE else _NEXT_TRACEBACK_S
+            data = await self._read_within(min(patience, due - loop.time()))
+            if not data:
+                return
+            begun.feed(data)
+            await self._feed_sideline(data)
+            if (framed := self._framer.feed(data)) is not None:
+                await self._console.write(self, framed)
 
     async def _show_long_line(self) -> None:
         """A line too long to be held goes out in pieces.
@@ -460,26 +480,6 @@ def follow_successor(tailer: Tailer, make: Callable[[], Tailer], *, is_successor
     if is_successor:
         asyncio.get_running_loop().call_soon(tailer.stop)
     return True
-
-
-class _Place(enum.Enum):
-    """What is where a file was opened."""
-
-    OURS = enum.auto()
-    EMPTY = enum.auto()
-    TAKEN = enum.auto()
-
-
-@cache
-def _is_memory(device: int) -> bool:
-    """Whether it is a tmpfs (proc_pid_mountinfo(5)), as /tmp is on many systems."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo") as file:
-            mounts = [line.split() for line in file]
-    except OSError:
-        return False
-    return any(m[2] == number and m[m.index("-") + 1] == "tmpfs" for m in mounts)
 
 
 def _set(future: asyncio.Future[bool], value: bool) -> None:

@@ -192,8 +192,7 @@ class GroupTeller:
 
 def ranks_of(plan: GroupPlan) -> dict[int, int]:
     """Each worker's rank over all nodes, by local rank, as its environment says."""
-    return {worker.local_rank: _number(worker.env, "RANK", worker.local_rank)
-            for worker in plan.workers}  # fmt: skip
+    return {worker.local_rank: worker.rank for worker in plan.workers}
 
 
 def _attempt(plan: GroupPlan) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from asupervise.errors import BindingError
 from asupervise.gpus import Gpu, machine_root, read_gpus, read_text, visible_gpus
+from asupervise.ranges import format_ranges
 
 __all__ = [
     "Cache",
@@ -189,27 +190,6 @@ def parse_ranges(text: str) -> frozenset[int]:
             raise ValueError(f"{part!r} in {text!r} runs backwards or exceeds {_MAX_NUMBER}")
         numbers.update(range(first, last + 1))
     return frozenset(numbers)
-
-
-def format_ranges(numbers: Iterable[int]) -> str:
-    """The kernel's list for a set of numbers, as ``taskset`` and ``numactl`` take it.
-
-    Raises:
-        ValueError: a number is negative.
-
-    Example:
-        >>> format_ranges({4, 2, 1, 0})
-        '0-2,4'
-    """
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if number < 0:
-            raise ValueError(f"a CPU or node number cannot be negative: {number}")
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _parse_mask(text: str) -> frozenset[int]:

@@ -56,7 +56,8 @@ ROOMS = {
     "cgroups": room("procfs"),
     "failures": room("error_files"),
     "hints": room(),
-    "report": room("error_files failures"),
+    "ranges": room(),
+    "report": room("error_files failures ranges"),
     "result": room("errors", lazily="failures report"),
     "events": room(),
     "bus": room(lazily="events", asynchronous=True),
@@ -69,14 +70,14 @@ ROOMS = {
     # Looking at the machine.
     "cpus": room(),
     "gpus": room(others="pynvml"),
-    "topology": room("errors gpus"),
+    "topology": room("errors gpus ranges"),
     # Deciding what to start: no event loop.
     "environ": room(),
     "logs": room("errors"),
     "affinity": room("topology"),
     "placement": room("affinity errors topology"),
     "binding": room("affinity errors placement topology"),
-    "spec": room("errors logs", lazily="binding functions.spec"),
+    "spec": room("errors logs", lazily="binding formats functions.spec"),
     "plan": room("logs spec worker", lazily="binding"),
     "binder": room(
         "errors spec", lazily="_compat binding functions.memory_policy topology", asynchronous=True
@@ -154,9 +155,27 @@ ROOMS = {
         asynchronous=True,
     ),
     "sinks": room("framing", asynchronous=True),
-    "tailing": room("framing sinks watches", others="aiofiles", asynchronous=True),
+    "places": room(),
+    "tracebacks": room(),
+    "tailing": room(
+        "framing places sinks tracebacks watches", others="aiofiles", asynchronous=True
+    ),
+    "formats": room("ranges"),
+    "format_framers": room("formats framing whole_lines"),
+    "dedup": room(),
+    "merging": room(
+        "console dedup format_framers formats framing sinks whole_lines",
+        others="anyio",
+        asynchronous=True,
+    ),
+    "showing": room("console framing plan sinks", lazily="format_framers formats merging"),
     "hub": room("console watches", asynchronous=True),
-    "streaming": room("console framing hub plan tailing", others="anyio", asynchronous=True),
+    "streaming": room(
+        "framing hub plan showing tailing",
+        lazily="formats merging",
+        others="anyio",
+        asynchronous=True,
+    ),
     "whole_lines": room("framing"),
     "lines": room("framing hub logs plan sinks tailing whole_lines", asynchronous=True),
     "functions.__init__": room(),
@@ -191,12 +210,12 @@ ROOMS = {
         "_compat bus cgroups cleanup collect diagnosis errors files guardian"
         " handler logs plan procfs recording result shielding spec subreaper telling"
         " work",
-        lazily="lines pulses stacks streaming",
+        lazily="formats lines pulses stacks streaming",
         asynchronous=True,
     ),
     "procs": room(
         "binder context files logs plan spec work",
-        lazily="binding bus functions.zygote",
+        lazily="binding bus formats functions.zygote",
     ),
     "elastic.__init__": room(),
     "elastic.interruption": room(),
@@ -282,7 +301,7 @@ ROOMS = {
     ),
     "elastic.services": room(
         "binder elastic.alone elastic.decide elastic.intensity elastic.keeping logs procs spec",
-        lazily="binding bus functions.zygote",
+        lazily="binding bus formats functions.zygote",
     ),
     "elastic.node": room(
         "elastic.agent elastic.ports elastic.records elastic.rendezvous.Request",
@@ -300,7 +319,7 @@ ROOMS = {
     ),
     "elastic.config": room(
         "elastic.decide elastic.records elastic.values flags",
-        lazily="binding functions.zygote logs",
+        lazily="binding formats functions.zygote logs",
     ),
     "elastic.launching": room(
         "bus elastic.agent elastic.blueprint elastic.config elastic.culprits"
@@ -313,7 +332,7 @@ ROOMS = {
     "job": room(
         "cpus elastic.blueprint elastic.meeting elastic.node elastic.rendezvous.Request"
         " environ options",
-        lazily="binding logs procs topology",
+        lazily="binding formats logs procs topology",
     ),
     "dryrun": room("job plan", lazily="binding"),
     "signals": room(asynchronous=True),
@@ -335,7 +354,10 @@ WORKER_SIDE = (
 )  # fmt: skip
 HEAVY = {"anyio", "aiofiles", "argparse", "asyncio", "asyncinotify", "psutil", "subprocess"}
 # Decisions only: they take what was read, and return what is to be done.
-PURE = ("errors", "framing", "whole_lines", "report", "affinity", "placement", "binding")
+PURE = (
+    "errors", "framing", "whole_lines", "tracebacks", "formats", "format_framers", "dedup",
+    "ranges", "report", "affinity", "placement", "binding",
+)  # fmt: skip
 COMMAND_LINE = ("flags", "options", "job", "dryrun", "cli", "__main__")
 # What an application must ask for by name, and what is a process of its own.
 ASKED_FOR = ("signals", "subreaper", "functions.zygote_main")

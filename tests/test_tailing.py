@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from asupervise import tailing, watches
+from asupervise import places, tailing, watches
 from asupervise.framing import Framed, LineFramer
 from asupervise.tailing import Tailer
 from asupervise.watches import InotifyWatches, PollWatches, Watches
@@ -28,6 +28,7 @@ class Recorder:
 
     # Whether it takes some lines at once, as an empty pipe does, while it admits anything.
     at_once = True
+    keeps_together = True
 
     def __init__(self) -> None:
         self.turn = asyncio.Lock()
@@ -272,7 +273,7 @@ async def test_a_file_on_a_file_system_that_cannot_say(
 
 async def test_a_file_in_memory() -> None:
     folder = Path("/dev/shm")
-    if not tailing._is_memory(folder.stat().st_dev):
+    if not places.is_memory(folder.stat().st_dev):
         pytest.skip("/dev/shm is no tmpfs here")
     log = folder / f"asupervise-test-{os.getpid()}"
     log.touch()
@@ -555,6 +556,125 @@ async def test_a_long_line_that_drips_does_not_keep_the_console(
         dripping = False
         await task
         await files.finish()
+
+
+TRACEBACK = (
+    b"Traceback (most recent call last):\n",
+    b'  File "train.py", line 1, in <module>\n',
+    b"    main()\n",
+    b"ValueError: 3\n",
+)
+
+
+@pytest.mark.parametrize("before", [b"", b"x" * 99 + b"\n"], ids=["alone", "after much"])
+@pytest.mark.parametrize("much_at_once", [False, True])
+async def test_a_traceback_is_not_cut_into(
+    log: Path,
+    tmp_path: Path,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+    before: bytes,
+    much_at_once: bool,
+) -> None:
+    monkeypatch.setattr(tailing, "NEXT_LINE_S", CEILING_S)
+    monkeypatch.setattr(tailing, "_TRACEBACK_S", CEILING_S)
+    monkeypatch.setattr(tailing, "BLOCK_BYTES", 4000)
+    other = tmp_path / "other.log"
+    other.touch()
+    shown = before + b"".join(TRACEBACK)
+    first, *rest = TRACEBACK
+    append(log, 50 * before + first)
+    async with following() as files:
+        files.console.takes_streams = much_at_once
+        files.follow(log)
+        waiting = files.follow(other, prefix=b"[w1]:")
+        for line in rest:
+            await files.console.until_shown(PREFIX + shown[: shown.index(line)].split(b"\n")[-2])
+            append(other, b"x\n")
+            # It has been read, and waits for its turn.
+            while not waiting._position:
+                await asyncio.sleep(0)
+            append(log, line)
+        data = await files.finish()
+    assert b"".join(PREFIX + line for line in TRACEBACK) in data
+    assert data.count(b"[w1]:x\n") == 3
+
+
+async def test_those_that_go_together_are_not_parted(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tailing, "_NEXT_TRACEBACK_S", CEILING_S)
+    monkeypatch.setattr(tailing, "_TRACEBACK_S", CEILING_S)
+    other = tmp_path / "other.log"
+    other.touch()
+    chain = (b"\n", b"During handling of the above exception, another exception occurred:\n", b"\n")
+    async with following() as files:
+        files.follow(log)
+        waiting = files.follow(other, prefix=b"[w1]:")
+        append(log, b"".join(TRACEBACK))
+        await files.console.until_shown(b"ValueError: 3\n")
+        append(other, b"x\n")
+        while not waiting._position:
+            await asyncio.sleep(0)
+        for line in (*chain, *TRACEBACK, b"and on\n"):
+            append(log, line)
+        data = await files.finish()
+    whole = (*TRACEBACK, *chain, *TRACEBACK)
+    assert b"".join(PREFIX + line for line in whole) in data
+    assert b"[w1]:x\n" in data
+
+
+@pytest.mark.parametrize("ends", [False, True])
+async def test_a_traceback_that_does_not_go_on_does_not_keep_the_console(
+    log: Path, tmp_path: Path, ends: bool
+) -> None:
+    other = tmp_path / "other.log"
+    other.touch()
+    async with following() as files:
+        files.follow(log)
+        files.follow(other, prefix=b"[w1]:")
+        append(log, b"".join(TRACEBACK if ends else TRACEBACK[:2]))
+        await files.console.until_shown(b"[w0]:  File")
+        append(other, b"let me through\n")
+        await files.console.until_shown(b"[w1]:let me through\n")
+        await files.finish()
+
+
+async def test_a_traceback_without_an_end_does_not_keep_the_console(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tailing, "_TRACEBACK_S", 0.05)
+    other = tmp_path / "other.log"
+    other.touch()
+    going_on = True
+
+    async def go_on() -> None:
+        with worker(log) as write:
+            write(TRACEBACK[0])
+            while going_on:
+                write(TRACEBACK[1])
+                await asyncio.sleep(0)
+
+    async with following() as files:
+        files.follow(log)
+        files.follow(other, prefix=b"[w1]:")
+        task = asyncio.create_task(go_on())
+        await files.console.until_shown(b"[w0]:  File")
+        append(other, b"let me through\n")
+        await files.console.until_shown(b"[w1]:let me through\n")
+        going_on = False
+        await task
+        await files.finish()
+
+
+async def test_the_end_waits_for_no_traceback(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tailing, "NEXT_LINE_S", 10 * CEILING_S)
+    monkeypatch.setattr(tailing, "_TRACEBACK_S", 10 * CEILING_S)
+    async with following() as files:
+        files.follow(log)
+        append(log, TRACEBACK[0])
+        await files.console.until_shown(TRACEBACK[0])
+        assert await files.finish() == PREFIX + TRACEBACK[0]
 
 
 # --- a consumer that is slow --------------------------------------------------------------------

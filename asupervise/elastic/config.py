@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from asupervise.binding import NumaOptions
+    from asupervise.formats import ConsoleFormat
     from asupervise.functions.zygote import Zygote
     from asupervise.logs import LogsSpecs
 
@@ -75,6 +76,7 @@ class LaunchConfig:
         restart: what is started anew: ``"group"``, all workers of the job, or ``"worker"``, the
             one that has ended, for services that are no ranked job.
         restart_within: seconds.
+        console: as in `start_processes`.
 
     Raises:
         ValueError: for fields that make no sense, naming field and value.
@@ -116,6 +118,7 @@ class LaunchConfig:
     restart_backoff_max: float = field(default=_USUAL.backoff_max_s, kw_only=True)
     restart: str = field(default="group", kw_only=True)
     restart_within: float = field(default=60.0, kw_only=True)
+    console: ConsoleFormat | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_nodes <= self.max_nodes:

@@ -78,6 +78,7 @@ async def launch(
             "preload": config.preload,
             "shutdown_timeout": config.shutdown_timeout,
             "hang_timeout": config.hang_timeout,
+            "console": config.console,
         },
         max_restarts=config.max_restarts,
         master_addr=request.master_addr,

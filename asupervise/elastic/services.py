@@ -23,6 +23,7 @@ from asupervise.spec import (
 if TYPE_CHECKING:
     from asupervise.binding import NumaOptions
     from asupervise.bus import EventBus
+    from asupervise.formats import ConsoleFormat
     from asupervise.functions.zygote import Zygote
 
 __all__ = ["OnRestart", "Services", "StartingServices", "run_services"]
@@ -54,6 +55,7 @@ def run_services(
     memory_sample_interval: float = DEFAULT_MEMORY_SAMPLE_INTERVAL_S,
     events: EventBus | None = None,
     report: bool = True,
+    console: ConsoleFormat | None = None,
 ) -> StartingServices:
     """Start one worker a local rank, and each of them anew when it ends.
 
@@ -106,6 +108,7 @@ def run_services(
         hang_timeout_s=hang_timeout,
         memory_sample_interval_s=memory_sample_interval,
         report=report,
+        console=console,
     )
     return StartingServices(spec, numa_options, options, limits, on_restart, events)
 

@@ -278,7 +278,7 @@ def check_stdin(options: LaunchOptions, workers: int) -> None:
 
 def _check_console(options: LaunchOptions) -> None:
     """What is for teed lines needs some; logs specs of a name may tee what they like."""
-    if options.tee != "0" or options.logs_specs is not None:
+    if options.tee != "0" or options.live or options.logs_specs is not None:
         return
     asked = {
         "--timestamps": options.timestamps,

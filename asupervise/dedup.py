@@ -50,7 +50,7 @@ class Dedup(Generic[Text]):
     """Holds lines back for a moment, and puts equal ones of different ranks together.
 
     Args:
-        hold_s: how long a line is held at the most.
+        hold_s: how long a line is held at the most; `HOLD_S` by default.
         max_lines: how many are held at the most.
         max_size: how many bytes or characters.
 
@@ -66,9 +66,9 @@ class Dedup(Generic[Text]):
     """
 
     def __init__(
-        self, *, hold_s: float = HOLD_S, max_lines: int = _MAX_LINES, max_size: int = _MAX_SIZE
+        self, *, hold_s: float | None = None, max_lines: int = _MAX_LINES, max_size: int = _MAX_SIZE
     ) -> None:
-        self._hold_s = hold_s
+        self._hold_s = HOLD_S if hold_s is None else hold_s
         self._max_lines = max_lines
         self._max_size = max_size
         # In the order in which they will be given out: by their places.

@@ -24,6 +24,7 @@ from asupervise import (
     DefaultLogsSpecs,
     LaunchConfig,
     Std,
+    dedup,
     launch,
     run_services,
     start_processes,
@@ -140,13 +141,24 @@ def test_json_lines(run_cli: Run) -> None:
     assert {(x["stream"], x["group"]) for x in err} == {("stderr", "t")}
 
 
+# However slow this machine is, what is said soon is said within a moment.
+PATIENT = (
+    "from asupervise import dedup; dedup.HOLD_S = 1000.0; "
+    "import sys; from asupervise.__main__ import main; sys.exit(main())"
+)
+
+
+def patient(run_cli: Run, *args: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return run_cli(*args, command=(sys.executable, "-c", PATIENT), **options)
+
+
 def test_what_all_say_is_shown_once(run_cli: Run) -> None:
-    script = "echo the same; echo rank $RANK; echo the end"
-    done = run_cli("--nproc-per-node", 4, "--tee", 1, "--dedup", *SAY, script.replace("$", "$$"))
+    script = "echo the same; echo rank $$RANK; echo the end"
+    done = patient(run_cli, "--nproc-per-node", 4, "--tee", 1, "--dedup", *SAY, script)
     first, *own, last = done.stdout.splitlines()
     assert (first, last) == (b"[default0-3]:the same", b"[default0-3]:the end")
     assert sorted(own) == [b"[default%d]:rank %d" % (rank, rank) for rank in range(4)]
-    done = run_cli("--nproc-per-node", 3, "--tee", 1, "--dedup", "--log-format", "json",
+    done = patient(run_cli, "--nproc-per-node", 3, "--tee", 1, "--dedup", "--log-format", "json",
                    *SAY, "echo the same")  # fmt: skip
     [found] = map(json.loads, done.stdout.splitlines())
     assert found.pop("time") > 0
@@ -178,7 +190,7 @@ def test_what_cannot_be_is_refused(run_cli: Run, flags: list[str], message: str)
 
 def test_variables_are_understood(run_cli: Run) -> None:
     env = {"PET_DEDUP": "1", "PET_TEE": "1", "PET_COLOR": "always"}
-    done = run_cli("--nproc-per-node", 2, *SAY, "echo hi", env=env)
+    done = patient(run_cli, "--nproc-per-node", 2, *SAY, "echo hi", env=env)
     assert done.stdout == b"\x1b[1m[default0-1]:\x1b[0mhi\n"
 
 
@@ -253,9 +265,7 @@ async def test_a_line_waits_for_nobody_longer_than_a_moment(
 async def test_what_all_say_waits_for_nobody(
     channel: Channel, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asupervise.dedup.Dedup.__init__.__kwdefaults__", {
-        "hold_s": 1000.0, "max_lines": 4096, "max_size": 1 << 20,
-    })  # fmt: skip
+    monkeypatch.setattr(dedup, "HOLD_S", 1000.0)
     options = {"logs_specs": DefaultLogsSpecs(tee=Std.OUT), "console": ConsoleFormat(dedup=True)}
     async with (
         asyncio.timeout(CEILING_S),
@@ -271,9 +281,7 @@ async def test_what_all_say_waits_for_nobody(
 async def test_the_end_waits_for_no_moment(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asupervise.dedup.Dedup.__init__.__kwdefaults__", {
-        "hold_s": 1000.0, "max_lines": 4096, "max_size": 1 << 20,
-    })  # fmt: skip
+    monkeypatch.setattr(dedup, "HOLD_S", 1000.0)
     options = {"logs_specs": DefaultLogsSpecs(tee=Std.OUT), "console": ConsoleFormat(dedup=True)}
     async with asyncio.timeout(CEILING_S):
         async with start(None, "echo a", ":", "echo b; printf c", **options) as ctx:
@@ -420,9 +428,7 @@ async def test_a_stream_that_is_no_file_is_no_terminal(monkeypatch: pytest.Monke
 async def test_a_file_that_cannot_be_opened_is_not_waited_for(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, channel: Channel
 ) -> None:
-    monkeypatch.setattr("asupervise.dedup.Dedup.__init__.__kwdefaults__", {
-        "hold_s": 1000.0, "max_lines": 4096, "max_size": 1 << 20,
-    })  # fmt: skip
+    monkeypatch.setattr(dedup, "HOLD_S", 1000.0)
     make = tailing.Tailer.__init__
 
     def refuse(tailer: Any, path: str, *args: Any, **options: Any) -> None:

@@ -440,6 +440,8 @@ def _hints(kind: type[Event]) -> dict[str, Any]:
 
 def _read(value: Any, hint: Any) -> Any:
     """The value, if it is of that type; `_BAD` if not."""
+    if type(value) is hint and (hint is not float or math.isfinite(value)):
+        return value  # as most are
     origin, args = get_origin(hint), get_args(hint)
     if origin is tuple:
         items = [_read(item, args[0]) for item in value] if isinstance(value, list) else [_BAD]

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.browser import browser, open_page, page, pictures  # noqa: F401 (fixtures)
+from tests.small_cgroup import small_cgroup  # noqa: F401 (a fixture)
 
 # A machine with much else to do is slow, and no test is about that.
 settings.register_profile("asupervise", deadline=None, suppress_health_check=[HealthCheck.too_slow])

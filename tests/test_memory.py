@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import signal
 import subprocess
 import textwrap
@@ -19,10 +18,8 @@ from hypothesis import strategies as st
 from asupervise import ChildFailedError, ProcessFailure, memory, start_processes
 from asupervise.memory import MemoryGroup, MemorySampler, OomCounts
 from tests.conftest import Run
+from tests.small_cgroup import LIMIT, MIB
 from tests.workers import PYTHON, READY, SLEEP, Channel, settle, start
-
-MIB = 1 << 20
-LIMIT = 64 * MIB
 
 
 @pytest.fixture(autouse=True)
@@ -384,49 +381,6 @@ async def test_no_timer_is_left_when_nothing_runs(channel: Channel) -> None:
 
 
 # --- the OOM killer -----------------------------------------------------------------------------
-
-
-def memory_cgroup_v1(own: str) -> Path:
-    folder = Path(own, f"asupervise-test-{secrets.token_hex(4)}")
-    folder.mkdir()
-    (folder / "memory.limit_in_bytes").write_text(str(LIMIT))
-    return folder
-
-
-def memory_cgroup_v2(own: str) -> Path:
-    # A cgroup with processes may have no children with controllers (cgroups(7)): then beside it.
-    for parent in (Path(own), Path(own).parent):
-        control = parent / "cgroup.subtree_control"
-        if control.is_file() and "memory" in control.read_text().split():
-            folder = parent / f"asupervise-test-{secrets.token_hex(4)}"
-            folder.mkdir()
-            (folder / "memory.max").write_text(str(LIMIT))
-            return folder
-    raise OSError("no cgroup here hands the memory controller on to its children")
-
-
-@pytest.fixture
-def small_cgroup() -> Iterator[Path]:
-    """A memory cgroup of 64 MiB below our own."""
-    own = memory.memory_cgroup("self")
-    if own is None:
-        pytest.skip("this system has no memory cgroups")
-    try:
-        make = memory_cgroup_v1 if "/memory" in own else memory_cgroup_v2
-        folder = make(own)
-    except OSError as exc:
-        pytest.skip(f"cannot make a memory cgroup: {exc}")
-    try:
-        # Swap must not save whom the limit is to kill.
-        for name in ("memory.swap.max", "memory.swappiness"):
-            if (folder / name).exists():
-                (folder / name).write_text("0")
-        yield folder
-    finally:
-        left = (folder / "cgroup.procs").read_text().split()
-        for pid in left:
-            os.kill(int(pid), signal.SIGKILL)
-        folder.rmdir()
 
 
 # Grows by a megabyte at a time, so that somebody can watch.

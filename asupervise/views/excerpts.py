@@ -18,6 +18,7 @@ _MOST_BYTES: Final = 96 << 10
 _CULPRIT_BYTES: Final = 256 << 10
 _LEAST_BYTES: Final = 512
 _MOST_FILES: Final = 4096
+_MOST_LISTED: Final = 40
 _LINE_CHARS: Final = 4096
 _LITERAL: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~/")
 
@@ -48,8 +49,8 @@ def excerpts_of(files: Sequence[LogFile], culprit: tuple[int, int] | None) -> li
     written.sort(
         key=lambda file: (
             (file.life.attempt, file.life.local_rank) != culprit,
-            file.life.outcome != "failed",
             -file.life.attempt,
+            file.life.outcome != "failed",
             file.life.local_rank,
             file.stream,
         )
@@ -112,16 +113,27 @@ def logs_section(
     if not files:
         return None
     silent = [file for file in files if not file.size]
+    several = len({file.life.attempt for file in files}) > 1
+    shown = [
+        _excerpt(each, base, several, opened=place == 0 and (failed or len(excerpts) == 1))
+        for place, each in enumerate(excerpts)
+    ]
     return tag(
         "section",
         tag("h2", "Logs"),
-        _filters(files),
-        [_excerpt(each, base, opened=(failed and place == 0) or len(excerpts) == 1)
-         for place, each in enumerate(excerpts)],
+        _filters(files) if excerpts else None,
+        shown[:_MOST_LISTED],
+        _rest(shown[_MOST_LISTED:]),
         tag("p", "Nothing matches.", id="none", class_="note", hidden=True),
-        _silence(silent, len(files)),
+        _silence(silent, files),
         id="logs",
     )  # fmt: skip
+
+
+def _rest(more: Sequence[Html]) -> Html | None:
+    if not more:
+        return None
+    return tag("details", tag("summary", count(len(more), "more log")), more, id="more")
 
 
 def _filters(files: Sequence[LogFile]) -> Html:
@@ -146,12 +158,12 @@ def _choice(name: str, label: str, options: Sequence[tuple[str, str]]) -> Html:
     return tag("label", label, tag("select", items, id=name))
 
 
-def _excerpt(excerpt: Excerpt, base: str, *, opened: bool) -> Html:
+def _excerpt(excerpt: Excerpt, base: str, several: bool, *, opened: bool) -> Html:
     first = excerpt.files[0]
     life = first.life
     ranks = [file.life.rank for file in excerpt.files]
     many = "s" if len(ranks) > 1 else ""
-    attempt = f"attempt {life.attempt}" if life.attempt else None
+    attempt = f"attempt {life.attempt}" if several else None
     return tag(
         "details",
         tag(
@@ -205,15 +217,16 @@ def _short(line: str) -> str:
     return f"{line[:_LINE_CHARS]} … ({len(line) - _LINE_CHARS:,} more characters)"
 
 
-def _silence(silent: Sequence[LogFile], total: int) -> Html | None:
+def _silence(silent: Sequence[LogFile], files: Sequence[LogFile]) -> Html | None:
     if not silent:
         return None
-    if len(silent) == total:
+    if len(silent) == len(files):
         return tag("p", "Nobody has written anything.", class_="note")
     parts = []
     for stream in ("stdout", "stderr"):
-        ranks = [file.life.rank for file in silent if file.stream == stream]
+        spoke = {file.life.rank for file in files if file.size and file.stream == stream}
+        ranks = {file.life.rank for file in silent if file.stream == stream} - spoke
         if ranks:
-            parts.append(f"{stream} of rank{'s' if len(set(ranks)) > 1 else ''} "
+            parts.append(f"{stream} of rank{'s' if len(ranks) > 1 else ''} "
                          f"{ranks_text(ranks, 8)}")  # fmt: skip
-    return tag("p", f"Empty: {'; '.join(parts)}.", class_="note")
+    return tag("p", f"Empty: {'; '.join(parts)}.", class_="note") if parts else None

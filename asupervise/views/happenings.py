@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from asupervise import events as ev
 from asupervise.views.plain import one_line, ranks_text
 from asupervise.views.story import Run
-from asupervise.views.words import count, duration
+from asupervise.views.words import count, duration, signal_name
 
 __all__ = ["Happening", "happenings"]
 
@@ -85,7 +85,7 @@ def _told(key: tuple[object, ...], row: Sequence[ev.Event]) -> tuple[str, str]:
 
 
 def _code(exitcode: int) -> str:
-    return f"signal {-exitcode}" if exitcode < 0 else f"exit code {exitcode}"
+    return signal_name(-exitcode) if exitcode < 0 else f"exit code {exitcode}"
 
 
 def _of_group(event: ev.Event) -> tuple[str, str]:

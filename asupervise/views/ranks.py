@@ -16,6 +16,7 @@ __all__ = ["binding_of", "ranks_table", "stacks_of"]
 _MOST_ROWS: Final = 64
 _MOST_FAILED: Final = 128
 _MOST_GROUPS: Final = 64
+_MANY: Final = 12
 
 Group = tuple[Life, ...]
 
@@ -29,7 +30,8 @@ def ranks_table(run: Run) -> Html | None:
     peak = max((life.peak_rss_bytes or 0 for life in run.lives), default=0)
     cpu = any(life.samples for life in run.lives)
     names = [
-        "Rank", *(["Attempt"] if attempts else []), "Ended", "Ran", "Peak memory",
+        "Rank", *(["Attempt"] if attempts else []), "Ended", "Ran",
+        *(["Peak memory"] if peak else []),
         *(["CPU time"] if cpu else []), "",
     ]  # fmt: skip
     left_out = sum(map(len, groups[_MOST_GROUPS + _MOST_FAILED :]))
@@ -75,12 +77,13 @@ def _row(group: Group, attempts: bool, cpu: bool, peak: int, last: set[int]) -> 
         tag("span", ranks_text(ranks, 6), tag("small", count(len(ranks), "rank"))))  # fmt: skip
     ended = tag("span", how_ended(life), class_=f"end {life.outcome}")
     by_us = tag("small", "by the supervisor") if life.outcome == "ended" else None
+    peaks = [each.peak_rss_bytes for each in group if each.peak_rss_bytes]
     cells: list[tuple[str, Child]] = [
         *([("attempt", f"{life.attempt}")] if attempts else []),
         ("", [ended, by_us]),
         ("ran", _between([each.end_s - each.start_s for each in group
                           if each.end_s is not None and each.start_s is not None])),
-        ("peak", _memory([each.peak_rss_bytes for each in group if each.peak_rss_bytes], peak)),
+        *([("peak", _memory(peaks, peak))] if peak else []),
         *([("CPU", _cpu(group))] if cpu else []),
         ("", _what(life)),
     ]  # fmt: skip
@@ -172,4 +175,7 @@ def binding_of(run: Run) -> Html | None:
     ]
     head = tag("thead", tag("tr", tag("th", "Rank", scope="col"), tag("th", "CPUs", scope="col")))
     table = tag("div", tag("table", head, tag("tbody", rows)), class_="wide")
+    if len(rows) > _MANY:
+        many = count(len(groups), "way to be bound", "ways to be bound")
+        table = tag("details", tag("summary", many), table)
     return tag("section", tag("h2", "Binding"), table, id="binding")

@@ -9,6 +9,7 @@
   const attempt = document.getElementById("attempt");
   const found = document.getElementById("found");
   const none = document.getElementById("none");
+  const more = document.getElementById("more");
   const mostMarked = 5000;
 
   // "0,2-5" as pairs of numbers; null for all.
@@ -27,6 +28,12 @@
     wasOpen: box.open,
     lines: null,
   }));
+
+  for (const log of logs) {
+    log.box.addEventListener("toggle", () => {
+      if (!find.value) log.wasOpen = log.box.open;
+    });
+  }
 
   // Lines become elements only where something was found: until then they are text.
   const split = (log) => {
@@ -60,17 +67,30 @@
     }
   };
 
+  // Where a position in a row's text stands: its pieces of one colour are nodes of their own.
+  const place = (pieces, at, isEnd) => {
+    const piece = pieces.findLast(([start]) => (isEnd ? start < at : start <= at));
+    return [piece[1], at - piece[0]];
+  };
+
   const mark = (rows, wanted, marks) => {
     for (const row of rows) {
+      const pieces = [];
+      let text = "";
       const walker = document.createTreeWalker(row, NodeFilter.SHOW_TEXT);
-      while (walker.nextNode() && marks.size < mostMarked) {
-        const text = walker.currentNode.data.toLowerCase();
-        for (let at = text.indexOf(wanted); at >= 0; at = text.indexOf(wanted, at + wanted.length)) {
-          const range = new Range();
-          range.setStart(walker.currentNode, at);
-          range.setEnd(walker.currentNode, at + wanted.length);
-          marks.add(range);
-        }
+      while (walker.nextNode()) {
+        pieces.push([text.length, walker.currentNode]);
+        text += walker.currentNode.data;
+      }
+      const lower = text.toLowerCase();
+      // Of some letters the small one is longer: then the positions are not the same.
+      if (lower.length !== text.length) continue;
+      for (let at = lower.indexOf(wanted); at >= 0; at = lower.indexOf(wanted, at + wanted.length)) {
+        if (marks.size >= mostMarked) return;
+        const range = new Range();
+        range.setStart(...place(pieces, at, false));
+        range.setEnd(...place(pieces, at + wanted.length, true));
+        marks.add(range);
       }
     }
   };
@@ -112,7 +132,12 @@
       total += lines;
     }
     if (marks) CSS.highlights.set("found", marks);
-    none.hidden = files > 0 || !logs.length;
+    none.hidden = files > 0;
+    if (more) {
+      const some = logs.some((log) => !log.box.hidden && more.contains(log.box));
+      more.hidden = !some;
+      more.open = some && (match !== null || files < 40);
+    }
     const said = [];
     if (match) said.push(`${total.toLocaleString("en")} ${total === 1 ? "line" : "lines"}`);
     if (match || files < logs.length) said.push(`${files.toLocaleString("en")} of ${logs.length.toLocaleString("en")} logs`);

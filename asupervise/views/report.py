@@ -151,7 +151,7 @@ def _hash(text: str) -> str:
 
 
 _NAMES: Final = {
-    "culprit": "What failed", "stacks": "Stacks", "timeline": "Timeline", "resources": "Memory",
+    "culprit": "Failure", "stacks": "Stacks", "timeline": "Timeline", "resources": "Memory",
     "ranks": "Ranks", "binding": "Binding", "logs": "Logs", "story": "Events",
 }  # fmt: skip
 

@@ -22,6 +22,7 @@ _HEIGHT: Final = 160
 _MOST_LINES: Final = 24
 _MOST_POINTS: Final = 400
 _COLUMNS: Final = 60
+_COLOURS: Final = 8
 # An axis of CPUs that goes so far at least: who did nothing is to look like it.
 _LEAST: Final = 0.1
 
@@ -52,8 +53,22 @@ def resources(run: Run) -> Html | None:
             _plot("CPUs that each worker kept busy", cpu, run, _number_step, lambda n: f"{n:.3g}"),
             class_="plots",
         ),
+        _names(memory, run),
         id="resources",
     )
+
+
+def _names(lines: Sequence[Line], run: Run) -> Html | None:
+    """Which colour is whose, where there are few."""
+    ranks = sorted({line.life.rank for line in lines})
+    if not 1 < len(ranks) <= _COLOURS:
+        return None
+    culprit = run.culprit.rank if run.culprit is not None else None
+    items = []
+    for rank in ranks:
+        css = "culprit" if rank == culprit else f"c{rank % _COLOURS}"
+        items.append(tag("li", tag("i", class_=f"line {css}"), f"rank {rank}"))
+    return tag("ul", items, class_="legend")
 
 
 def _memory(samples: Sequence[Sample]) -> tuple[Point, ...]:
@@ -146,7 +161,7 @@ def _curves(lines: Sequence[Line], run: Run, scale: Point) -> Child:
     if len(lines) > _MOST_LINES:
         return [_band(rest, scale), *(_curve(line, scale, "curve culprit") for line in culprit)]
     return [
-        *(_curve(line, scale, f"curve c{line.life.rank % 8}") for line in rest),
+        *(_curve(line, scale, f"curve c{line.life.rank % _COLOURS}") for line in rest),
         *(_curve(line, scale, "curve culprit") for line in culprit),
     ]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any, Final, get_args, get_origin, get_type_hints
 
 from asupervise import events as ev
 from asupervise import procfs
@@ -25,12 +26,13 @@ __all__ = ["EVENTS_FILE", "RunFolderError", "find_run", "is_run", "read_run"]
 EVENTS_FILE: Final = "events.jsonl"
 FORMAT: Final = 1
 # Of a file of events that is longer the beginning and the end are read.
-_HEAD_BYTES: Final = 4 << 20
+_HEAD_BYTES: Final = 2 << 20
 _TAIL_BYTES: Final = 12 << 20
 _HEADER_BYTES: Final = 64 << 10
 _MAX_ERROR_FILES: Final = 64
 _MAX_LIVES: Final = 20_000
 _LARGEST: Final = 2**53
+_YEAR_3000: Final = 32_503_680_000
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 # Between the kernel's stamp of a start, in clock ticks, and ours.
 _SAME_START_S: Final = 2.0
@@ -207,7 +209,7 @@ def _events(data: bytes, notes: list[str]) -> Iterator[ev.Event]:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        parsed = json.loads(line)
+        parsed = json.loads(line.decode())
     except (ValueError, RecursionError):
         return {}
     return parsed if isinstance(parsed, dict) else {}
@@ -215,15 +217,37 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 def _is_plausible(event: ev.Event) -> bool:
     """Whether its numbers are of a size with which one can reckon."""
-    for name, value in vars(event).items():
-        values = value if isinstance(value, tuple) else (value,)
-        for each in values:
-            if isinstance(each, int | float):
-                low = -_LARGEST if name in ("exitcode", "done", "total", "exit_status") else 0
-                limit = 2**62 if name == "monotonic_ns" else _LARGEST
-                if not low <= each <= limit:
-                    return False
-    return event.time < 32_503_680_000 and getattr(event, "local_rank", 0) in range(1 << 24)
+    if not (0 <= event.monotonic_ns < 1 << 62 and 0 <= event.time < _YEAR_3000 and
+            0 <= event.attempt < 1 << 31):  # fmt: skip
+        return False
+    if isinstance(event, ev.WorkerEvent) and not (
+        0 <= event.local_rank < 1 << 24 and 0 <= event.rank < 1 << 31 and 0 <= event.pid < 1 << 31
+    ):
+        return False
+    own = vars(event)
+    for name in _numbers(type(event)):
+        value = own[name]
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and not -_LARGEST <= each <= _LARGEST:
+                return False
+    return True
+
+
+_known_numbers: dict[type[ev.Event], tuple[str, ...]] = {}
+
+
+def _numbers(kind: type[ev.Event]) -> tuple[str, ...]:
+    """The names of its own fields that are numbers."""
+    if kind not in _known_numbers:
+        base = {each.name for each in fields(ev.WorkerEvent)}
+        _known_numbers[kind] = tuple(
+            name
+            for name, hint in get_type_hints(kind).items()
+            if name not in base
+            and get_origin(hint) is not Mapping
+            and {int, float} & {hint, *get_args(hint)}
+        )
+    return _known_numbers[kind]
 
 
 def _is_alive(started: ev.WorkerStarted) -> bool:

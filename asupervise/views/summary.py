@@ -135,7 +135,7 @@ def _culprit(life: Life, stack: str, tail: str) -> Html:
         tag("h2", f"Rank {life.rank}", tag("small", _where(life))),
         tag("p", headline(life, tail), class_="headline"),
         _hint(life, tail),
-        tag("dl", *_culprit_facts(life), class_="facts"),
+        tag("dl", *_culprit_facts(life, tail), class_="facts"),
         _text("Traceback", traceback),
         _text("Where it was", stack or (failure.stack if failure else "")),
         None if traceback else _text("Last lines of stderr", tail),
@@ -186,11 +186,12 @@ def _hint(life: Life, tail: str) -> Html | None:
     return tag("p", tag("strong", "What to do "), hint, class_="hint") if hint else None
 
 
-def _culprit_facts(life: Life) -> Iterable[Html]:
+def _culprit_facts(life: Life, tail: str) -> Iterable[Html]:
     failure = life.failure
+    cause = one_line(failure.cause, 400) if failure else ""
     facts = [
         ("ended", how_ended(life)),
-        ("cause", one_line(failure.cause, 400) if failure else ""),
+        ("cause", cause if cause != headline(life, tail) else ""),
         ("after", _ran(life).removeprefix(" after ")),
         ("peak memory", size(life.peak_rss_bytes) if life.peak_rss_bytes else ""),
         ("progress", _progress(life)),
@@ -244,8 +245,10 @@ def _former(run: Run) -> Html | None:
         former = former[:-1]
     if not former:
         return None
-    parts = (tag("h3", "Failures before"), map(_former_attempt, former[-_SHOWN_OTHERS:]))
-    return tag("section", parts) if run.state == "succeeded" else tag("div", parts)
+    shown = [_former_attempt(attempt) for attempt in former[-_SHOWN_OTHERS:]]
+    if run.state == "succeeded":
+        return tag("section", tag("h2", "Earlier failures"), shown, id="culprit")
+    return tag("div", tag("h3", "Earlier failures"), shown)
 
 
 def _former_attempt(attempt: Attempt) -> Html:

@@ -7,7 +7,17 @@ import time
 
 from asupervise.views.lives import Life
 
-__all__ = ["clock", "count", "duration", "how_ended", "moment", "offset", "share", "size"]
+__all__ = [
+    "clock",
+    "count",
+    "duration",
+    "how_ended",
+    "moment",
+    "offset",
+    "share",
+    "signal_name",
+    "size",
+]
 
 
 def duration(seconds: float) -> str:
@@ -112,11 +122,12 @@ def how_ended(life: Life) -> str:
     if code is None:
         return "failed" if failure is not None else "no end known"
     if code < 0:
-        return (failure.signal if failure is not None else "") or _signal_name(-code)
+        return (failure.signal if failure is not None else "") or signal_name(-code)
     return f"exit code {code}" if code or failure is not None else "succeeded"
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """The name of a signal, or its number where it has none."""
     try:
         return signal.Signals(number).name
     except ValueError:

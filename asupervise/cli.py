@@ -223,10 +223,14 @@ def _report(
     job: Job, failures: Mapping[int, ProcessFailure], culprit: int | None, outcome: Outcome
 ) -> None:
     from asupervise.error_handler import ERROR_FILE_VARIABLE, get_error_handler
+    from asupervise.report import format_report, headline
     from asupervise.result import ChildFailedError
 
     error = ChildFailedError(job.title, failures, culprit=culprit)
-    _say(str(error))
+    rank, failure = error.get_first_failure()
+    _say(format_report(job.title, failures, "=", "-", culprit=culprit, culprit_first=True))
+    if not failure.ended_by_us:
+        _say(f"error: {headline(rank, failure)}")
     if outcome.round is not None and (outcome.round.broken > 1 or outcome.round.retries):
         _say(outcome.round.why)
     if outcome.result is not None and outcome.result.log_dir is not None:
@@ -234,11 +238,40 @@ def _report(
         report = os.path.join(outcome.result.log_dir, "report.html")
         if os.path.isfile(report):
             _say(f"report: {report}")
-    if os.environ.get(ERROR_FILE_VARIABLE):
-        # We are a worker of another launcher: it is to see the exception, not just our status.
-        _, failure = error.get_first_failure()
-        if os.path.exists(failure.error_file):
-            get_error_handler().dump_error_file(failure.error_file, failure.exitcode)
+    if hint := _hint(job, rank, failure, outcome):
+        _say(f"hint: {hint}")
+    # We are a worker of another launcher: it is to see the exception, not just our status.
+    if os.environ.get(ERROR_FILE_VARIABLE) and os.path.exists(failure.error_file):
+        get_error_handler().dump_error_file(failure.error_file, failure.exitcode)
+
+
+def _hint(job: Job, rank: int, failure: ProcessFailure, outcome: Outcome) -> str:
+    """What to do about the root cause; of another node's worker there are no files here."""
+    import shlex
+
+    from asupervise.report import hint_for
+
+    result, local = outcome.result, failure.local_rank
+    if failure.host or result is None:
+        return hint_for(failure, python=job.python)
+    folder = result.log_dir or ""
+    look = f"python -m asupervise.view logs {shlex.quote(folder)} --rank {rank}"
+    return hint_for(
+        failure,
+        stderr_in_file=local in result.stderrs,
+        python=job.python,
+        stacks=_stacks_file(folder, local, outcome),
+        look=look if local in result.stdouts or local in result.stderrs else "",
+    )
+
+
+def _stacks_file(folder: str, local_rank: int, outcome: Outcome) -> str:
+    """Where all frames of a worker stand; "" if nobody has looked at them."""
+    if outcome.standing is None:
+        return ""
+    attempt = outcome.standing.attempt or outcome.standing.round.restarts
+    path = os.path.join(folder, f"attempt_{attempt}", str(local_rank), "stacks.txt")
+    return path if os.path.isfile(path) and os.path.getsize(path) else ""
 
 
 # --- printing --------------------------------------------------------------------------------

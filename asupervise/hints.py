@@ -14,6 +14,7 @@ _CRASHES: Final = {
     "SIGFPE": "native code divided by zero",
     "SIGABRT": "native code gave up: what it said stands in its standard error",
 }
+_SOME_PYTHON: Final = "the Python that runs"
 # By what stands in the message, the traceback's last line or the last lines of standard error.
 _KNOWN: Final = (
     (r"No module named '?([\w.]+)", "{0} is not installed in the Python that runs the workers."),
@@ -51,6 +52,9 @@ def hint_of(
     message: str = "",
     stderr_tail: str = "",
     stderr_in_file: bool = True,
+    python: str = "",
+    stacks: str = "",
+    look: str = "",
 ) -> str:
     """What to do about the failure of a worker; "" where nothing is known that would help.
 
@@ -61,6 +65,9 @@ def hint_of(
         message: the recorded exception.
         stderr_tail: the last lines of its standard error.
         stderr_in_file: whether its standard error went into a file.
+        python: the interpreter that ran it, where that is known.
+        stacks: the file in which all frames of it stand.
+        look: the command that shows what it has written, for where nothing else is known.
 
     Example:
         >>> hint_of(1, message="ModuleNotFoundError: No module named 'numpy'")
@@ -75,6 +82,7 @@ def hint_of(
         return (
             "Compare where the ranks were: the one that is not where all the others wait is the "
             "one to look at. Others may wait for it."
+            + (f" All its frames: {stacks}" if stacks else "")
         )
     if signal == "SIGKILL" or "SIGKILL" in cause:
         return (
@@ -82,8 +90,9 @@ def hint_of(
             "Its log, or dmesg, says more."
         )
     if found := _known(f"{message[-4096:]}\n{stderr_tail[-4096:]}"):
-        return found
-    return _of_exit(exitcode, signal, message, stderr_tail, stderr_in_file)
+        return found.replace(_SOME_PYTHON, f"{python}, which runs" if python else _SOME_PYTHON)
+    hint = _of_exit(exitcode, signal, message, stderr_tail, stderr_in_file)
+    return hint or (f"See what it has written: {look}" if look else "")
 
 
 def _known(text: str) -> str:

@@ -43,6 +43,7 @@ class Job(NamedTuple):
         backend: how the nodes come together.
         request: what the backend is given.
         choices: what was chosen and why, each under its name, for ``--dry-run``.
+        python: the interpreter that runs the workers; "" where programs are run.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Job(NamedTuple):
     backend: str
     request: Request
     choices: dict[str, str]
+    python: str = ""
 
 
 def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
@@ -107,7 +109,8 @@ def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
             f"every {options.memory_sample_interval:g} s"
         )
     blueprint = blueprint._replace(omp_num_threads=threads)
-    return Job(options.script, blueprint, meeting.backend, meeting.request, choices)
+    python = "" if options.no_python and not options.run_path else program
+    return Job(options.script, blueprint, meeting.backend, meeting.request, choices, python)
 
 
 def _of_flag(name: str, read: Callable[[str], T], text: str) -> T:

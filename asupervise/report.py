@@ -6,10 +6,11 @@ import os
 import re
 import signal
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from asupervise.error_files import join_notes
 from asupervise.failures import NOT_AVAILABLE, ProcessFailure, exit_status, in_order
+from asupervise.hints import hint_of
 from asupervise.ranges import format_ranges
 
 _MAX_WIDTH = 60
@@ -17,6 +18,11 @@ _MAX_OTHERS = 16
 _ROOT_TEXT_CHARS = 16_384
 _OTHER_TEXT_CHARS = 4_096
 _TAIL_CHARS = 4_096
+_LINE_CHARS = 200
+# How a traceback of Python ends, and its words about a crash.
+_LAST_WORDS = re.compile(
+    r"[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)(?::|$)|Fatal Python error"
+)
 _ALL_ENDED: Final = "  No rank failed by itself: the supervisor ended them all."
 _TERMINAL_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -29,6 +35,7 @@ def format_report(
     section_delim: str,
     *,
     culprit: int | None = None,
+    culprit_first: bool = False,
 ) -> str:
     """The text of `ChildFailedError`: title, failures, and the root cause.
 
@@ -38,14 +45,63 @@ def format_report(
         border_delim: the character above and below.
         section_delim: the character between the sections.
         culprit: the rank of the root cause, where it is not the first of `failures`.
+        culprit_first: whether the root cause stands before the others, as people want it, and
+            not behind them, as torch has it.
     """
     title = f"{_printable(name)} FAILED"
     others, root = _sections(failures, culprit)
     width = max(len(line) for part in (title, others, root) for line in part.split("\n"))
     width = min(width, _MAX_WIDTH)
     border, section = border_delim * width, section_delim * width
-    root = f"Root Cause (first observed failure):\n{root}"
-    return "\n".join(["", border, title, section, f"Failures:\n{others}", section, root, border])
+    parts = [f"Failures:\n{others}", f"Root Cause (first observed failure):\n{root}"]
+    one, other = reversed(parts) if culprit_first else parts
+    return f"\n{border}\n{title}\n{section}\n{one}\n{section}\n{other}\n{border}"
+
+
+def headline(rank: int, failure: ProcessFailure) -> str:
+    """What a rank has failed of, in a line.
+
+    Example:
+        >>> headline(3, ProcessFailure(1, 4711, -11, "<N/A>", record=None))
+        'rank 3 failed: SIGSEGV'
+    """
+    where = f" on {failure.host}" if failure.host else ""
+    return _printable(f"rank {rank}{where} failed: {_what(failure)}").replace("\n", " ")
+
+
+def _what(failure: ProcessFailure) -> str:
+    recorded = _message(failure) if failure.traceback else ""
+    lines = (recorded or failure.cause).strip().split("\n")
+    if not lines[0]:
+        lines = [line for line in failure.stderr_tail.split("\n") if _LAST_WORDS.match(line)][-1:]
+    if not lines:
+        name = failure.signal_name()
+        return name if name != NOT_AVAILABLE else f"exit code {failure.exitcode}"
+    return lines[0] if len(lines[0]) <= _LINE_CHARS else f"{lines[0][:_LINE_CHARS]}..."
+
+
+def _message(failure: ProcessFailure) -> str:
+    message = failure.message
+    text = message if isinstance(message, str) else message.get("message")
+    return text if isinstance(text, str) else ""
+
+
+def hint_for(failure: ProcessFailure, **known: Any) -> str:
+    """What to do about it, in a sentence; "" if nothing is known that would help.
+
+    Args:
+        failure: of the rank that failed first.
+        known: what else `hint_of` takes.
+    """
+    name = failure.signal_name()
+    return hint_of(
+        failure.exitcode,
+        cause=failure.cause,
+        signal=name if name != NOT_AVAILABLE else "",
+        message=_message(failure),
+        stderr_tail=failure.stderr_tail,
+        **known,
+    )
 
 
 def _sections(failures: Mapping[int, ProcessFailure], culprit: int | None) -> tuple[str, str]:

@@ -181,6 +181,69 @@ def test_after_a_failure_the_logs_are_kept_and_named(run_cli: Run, script: Write
     assert f"{worker} FAILED" in said(done)
 
 
+def last_lines(done: subprocess.CompletedProcess[bytes]) -> dict[str, str]:
+    """What stands behind ``error:``, ``logs:``, ``report:``, ``hint:``, in that order."""
+    lines = said(done).rpartition("=\n")[2].splitlines()
+    found = dict(line.split(": ", 1) for line in lines)
+    assert [*found] == [name for name in ("error", "logs", "report", "hint") if name in found]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "program", "error", "hint"),
+    [
+        (["--tee", "3"], "raise ValueError('bad')", "ValueError: bad", "See what it has written: "),
+        (["--redirects", "3"], "import no_such_module", "ModuleNotFoundError: No module",
+         f"no_such_module is not installed in {sys.executable}, which runs the workers."),
+        ([], "raise ValueError('bad')", "exit code 1", "What it said went to the console."),
+        (["--run-path"], "raise ValueError('bad')", "ValueError: bad", None),
+        ([], "os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV", "A crash outside Python"),
+        ([], "sys.exit(127)", "exit code 127", "A program was not found"),
+        (["--tee", "2"], "raise OSError(98, 'Address already in use')", "OSError: [Errno 98]",
+         "A port is taken"),
+    ],
+)  # fmt: skip
+def test_the_last_lines_say_what_failed_and_what_to_do(
+    run_cli: Run,
+    script: Write,
+    tmp_path: Path,
+    flags: list[str],
+    program: str,
+    error: str,
+    hint: str | None,
+) -> None:
+    worker = script("if os.environ['RANK'] == '1':", f"    {program}", "signal.pause()")
+    done = run_cli("--nproc-per-node", 2, *flags, worker, env={"TMPDIR": str(tmp_path)})
+    last = last_lines(done)
+    assert last["error"].startswith(f"rank 1 failed: {error}")
+    assert last.get("hint", "").startswith(hint or "")
+    assert ("hint" in last) is (hint is not None)
+    # The culprit stands before the others there, too.
+    report = said(done)
+    assert report.index("Root Cause") < report.index("Failures:\n")
+
+
+def test_the_hint_has_a_command_that_shows_the_logs(
+    run_cli: Run, script: Write, tmp_path: Path
+) -> None:
+    folder = tmp_path / "my logs"
+    worker = script("print('said before', flush=True)", "raise ValueError('bad')")
+    last = last_lines(run_cli("--redirects", 3, "--log-dir", folder, worker))
+    words = shlex.split(last["hint"].partition(": ")[2])
+    assert words == ["python", "-m", "asupervise.view", "logs", last["logs"], "--rank", "0"]
+
+
+def test_of_a_hang_the_hint_names_the_file_of_all_frames(
+    run_cli: Run, script: Write, tmp_path: Path
+) -> None:
+    worker = script("import time; from asupervise import record", "record(time.sleep)(1000)")
+    last = last_lines(run_cli("--hang-timeout", 0.5, worker, env={"TMPDIR": str(tmp_path)}))
+    assert last["error"].startswith("rank 0 failed: hang: ")
+    path = Path(last["hint"].partition("All its frames: ")[2])
+    assert path == Path(last["logs"], "attempt_0/0/stacks.txt")
+    assert "worker.py" in path.read_text()
+
+
 def test_success_says_nothing_and_leaves_nothing(run_cli: Run, tmp_path: Path) -> None:
     done = run_cli("--no-python", "true", env={"TMPDIR": str(tmp_path)})
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")

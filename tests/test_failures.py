@@ -21,6 +21,7 @@ from asupervise import error_files, errors, failures
 from asupervise.error_files import ErrorRecord, read_error_file
 from asupervise.errors import SignalException, SupervisorError
 from asupervise.failures import ProcessFailure, exit_status, failed_by_itself, root_cause
+from asupervise.report import format_report, headline, hint_for
 from asupervise.result import ChildFailedError, RunProcsResult
 
 STAMP_S = 1_700_000_000
@@ -517,6 +518,55 @@ def test_all_ended_by_us_is_said() -> None:
 def test_no_failures_is_an_error() -> None:
     with pytest.raises(AssertionError, match="at least one"):
         ChildFailedError("job", {})
+
+
+def test_people_read_of_the_culprit_first() -> None:
+    made = {0: failure(0, observed_at=STAMP_S + 1), 3: failure(3), 4: failure(4, ended_by_us=True)}
+    torchs = ChildFailedError("job", made).format_msg()
+    ours = format_report("job", made, "=", "-", culprit_first=True)
+    head, others, root = torchs.removesuffix("=" * 60).split("-" * 60)
+    assert ours == f"{head}{'-' * 60}{root}{'-' * 60}{others}{'=' * 60}"
+    assert ours.index("Root Cause") < ours.index("rank      : 3") < ours.index("Failures:")
+
+
+TAIL = "loading\nTraceback (most recent call last):\n  File\nmy.BadError: no\nmore\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"exitcode": 3}, "rank 7 failed: exit code 3"),
+        ({"exitcode": -11}, "rank 7 failed: SIGSEGV"),
+        ({"exitcode": -9, "cause": "the kernel's OOM killer"}, "rank 7 failed: the kernel's OOM"),
+        ({"exitcode": 1, "stderr_tail": TAIL}, "rank 7 failed: my.BadError: no"),
+        ({"exitcode": 1, "stderr_tail": "an Error: of another kind"}, "rank 7 failed: exit code 1"),
+        ({"exitcode": -6, "stderr_tail": "Fatal Python error: Aborted\n\nCurrent thread"},
+         "rank 7 failed: Fatal Python error: Aborted"),
+        ({"record": ErrorRecord(message="ValueError: a\nb")}, "rank 7 failed: ValueError: a"),
+        ({"record": ErrorRecord(message={"message": "E: " + "x" * 999, "extraInfo": {}})},
+         "rank 7 failed: E: xxxxxxx"),
+        ({"record": ErrorRecord(message="\x1b[31mred\x07")}, "rank 7 failed: red\ufffd"),
+        ({"host": "node-b", "exitcode": 1}, "rank 7 on node-b failed: exit code 1"),
+    ],
+)  # fmt: skip
+def test_the_culprit_in_a_line(given: dict[str, Any], line: str) -> None:
+    shown = headline(7, failure(**given))
+    assert shown.startswith(line)
+    assert len(shown) < 300
+    assert "\n" not in shown
+
+
+def test_a_hint_is_made_of_what_is_known_of_the_failure() -> None:
+    message = {"message": "ModuleNotFoundError: No module named 'numpy'", "extraInfo": {}}
+    missing = failure(record=ErrorRecord(message=message))
+    assert (
+        hint_for(missing, python="/py") == "numpy is not installed in /py, which runs the workers."
+    )
+    assert hint_for(failure(exitcode=-11)).startswith("A crash outside Python")
+    assert hint_for(failure(exitcode=1), stderr_in_file=False).startswith("What it said went to")
+    known = failure(record=ErrorRecord(message="ValueError: no such batch"))
+    assert hint_for(known) == ""
+    assert hint_for(known, look="view logs").endswith("written: view logs")
 
 
 def test_a_large_job_has_a_short_report() -> None:

@@ -57,7 +57,7 @@ ROOMS = {
     "failures": room("error_files"),
     "hints": room(),
     "ranges": room(),
-    "report": room("error_files failures ranges"),
+    "report": room("error_files failures hints ranges"),
     "result": room("errors", lazily="failures report"),
     "events": room(),
     "bus": room(lazily="events", asynchronous=True),
@@ -339,7 +339,7 @@ ROOMS = {
     "cli": room(
         "errors options",
         lazily="bus dryrun elastic.agent elastic.launching elastic.node elastic.records"
-        " elastic.running error_handler failures job procs result signals views.live.view",
+        " elastic.running error_handler failures job procs report result signals views.live.view",
         asynchronous=True,
     ),
     "__main__": room("cli"),

@@ -210,9 +210,19 @@ def test_durations(seconds: float, text: str) -> None:
         ({"message": "No traceback was recorded.", "stderr_in_file": False}, "What it said went"),
         ({"message": "ValueError: no such batch"}, ""),
         ({}, ""),
+        (
+            {"message": "No module named 'a'", "python": "/p"},
+            "a is not installed in /p, which runs",
+        ),
+        ({"message": "ValueError", "look": "view logs"}, "See what it has written: view logs"),
     ],
 )
 def test_hints(given: dict[str, object], begins: str) -> None:
     exitcode = given.pop("exitcode", 1)
     assert hint_of(exitcode, **given).startswith(begins)  # type: ignore[arg-type]
     assert begins or not hint_of(exitcode, **given)  # type: ignore[arg-type]
+
+
+def test_the_hint_about_a_hang_names_the_file_of_its_frames() -> None:
+    hint = hint_of(1, cause="hang: no heartbeat for 4 s", stacks="/runs/stacks.txt", look="view")
+    assert hint.endswith("Others may wait for it. All its frames: /runs/stacks.txt")

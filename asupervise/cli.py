@@ -10,7 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from signal import SIG_IGN, Signals, getsignal
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -156,13 +156,15 @@ async def _watched(options: LaunchOptions) -> AsyncIterator[EventBus | None]:
         yield None
         return
     from asupervise.bus import EventBus
-    from asupervise.views.live.view import live_view
+    from asupervise.signals import handle_terminal
+    from asupervise.views.live.view import live_view, place_of_view
 
     bus = EventBus()
+    if why_not := place_of_view().why_not:
+        _say(f"note: --live: {why_not}; only lines are shown")
     async with live_view(bus, title=os.path.basename(options.script)) as view:
-        if view is None:
-            _say("note: --live: this is no terminal that can show a table; only lines are shown")
-        yield bus
+        with handle_terminal(view) if view is not None else nullcontext():
+            yield bus
         bus.close()
 
 

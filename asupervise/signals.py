@@ -159,6 +159,56 @@ def handle_signals(
                 signal.signal(sig, previous)
 
 
+class Shown(Protocol):
+    """What is on the terminal: a live view."""
+
+    def resized(self) -> None:
+        """The terminal may have another size."""
+
+    def pause(self) -> None:
+        """Give the terminal back, because the process is about to be stopped."""
+
+    def resume(self) -> None:
+        """Take it again."""
+
+
+@contextmanager
+def handle_terminal(shown: Shown) -> Iterator[None]:
+    """Let a live view hear of the terminal, for the duration of the context.
+
+    Of its size (SIGWINCH) at once, and of Ctrl-Z (SIGTSTP), which stops the process as before.
+
+    Raises:
+        ValueError: in another thread than the main one.
+    """
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        shown.pause()
+        ours = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTSTP)
+        # Here it goes on.
+        signal.signal(signal.SIGTSTP, ours)
+        shown.resume()
+
+    actions = {signal.SIGWINCH: shown.resized, signal.SIGTSTP: stop}
+
+    def handler(sig: int, frame: Any) -> None:
+        loop.call_soon_threadsafe(actions[signal.Signals(sig)])
+
+    before = {sig: signal.getsignal(sig) for sig in actions}
+    # A shell without job control has it ignored: nobody would let us go on.
+    handled = [sig for sig in actions if before[sig] is not signal.SIG_IGN]
+    try:
+        for sig in handled:
+            signal.signal(sig, handler)
+        yield
+    finally:
+        for sig in handled:
+            if before[sig] is not None:
+                signal.signal(sig, before[sig])
+
+
 def _checked(what: str, signals: Iterable[int]) -> tuple[int, ...]:
     found = tuple(dict.fromkeys(signals))
     if wrong := [s for s in found if s not in signal.valid_signals() or s in _NOT_HANDLED]:

@@ -48,7 +48,8 @@ class Screen:
         self._held = os.open(held, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         size = ("-x", str(columns), "-y", str(lines))
         # It begins when its output is piped to us, and stays at the end to be looked at.
-        script = f"read x < {held}; {command}\necho exit status $?; exec sleep 1000"
+        # A Ctrl-C is none of this shell's business.
+        script = f"trap : INT; read x < {held}; {command}\necho exit status $?; exec sleep 1000"
         self.tmux("-f", "/dev/null", "new-session", "-d", *size, "/bin/sh", "-c", script)
         self.tmux("pipe-pane", "-O", f"exec cat > {pipe}")
         self.server = int(self.tmux("display-message", "-p", "#{pid}"))

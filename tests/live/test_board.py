@@ -55,7 +55,7 @@ class Story:
 
 def test_before_anything_is_told() -> None:
     picture = Board().picture(5 * NS)
-    assert (picture.rows, picture.elapsed_s, picture.over) == ((), 5.0, None)
+    assert (picture.rows, picture.elapsed_s, picture.over) == ((), 0, None)
 
 
 def test_workers_wait_run_and_are_done() -> None:
@@ -81,7 +81,7 @@ def test_who_failed_and_who_was_ended() -> None:
     story.exited(0, -15)
     story.exited(2, 0)
     assert story.states() == [S.ENDED, S.FAILED, S.DONE]
-    assert story.after().news == ("rank 1 failed: SIGSEGV; ending the others: SIGTERM", True)
+    assert story.after().news[:2] == ("rank 1 failed: SIGSEGV; ending the others: SIGTERM", True)
     story.of(
         events.WorkerFailed, 1, exitcode=-11, signal="SIGSEGV", root_cause=True,
         message="Signal 11 (SIGSEGV)", cause="core dumped\nmore",
@@ -90,7 +90,7 @@ def test_who_failed_and_who_was_ended() -> None:
     story.tell(events.GroupEnded, succeeded=False, root_cause=1)
     assert story.row(1).root_cause
     assert story.row(1).message == "core dumped"
-    assert story.after().news == ("rank 1 failed: SIGSEGV: core dumped", True)
+    assert story.after().news[:2] == ("rank 1 failed: SIGSEGV: core dumped", True)
     assert story.row(0).message == ""
     picture = story.after(10)
     assert picture.over is False
@@ -151,14 +151,16 @@ def test_a_job_that_is_started_anew_keeps_its_counts() -> None:
     story.tell(events.Restarting, restarts=1, max_restarts=3, reason="rank 0 failed", delay_s=2.0)
     picture = story.after(1)
     assert picture.restarts == (1, 3)
-    assert picture.news == ("restart 1 of 3 in 2 s: rank 0 failed", True)
+    assert picture.news == ("restart 1 of 3: rank 0 failed", True, int((story.now_s + 1) * NS))
     story.tell(events.GroupStarting, nprocs=2, attempt=1)
     assert story.states() == [S.WAITING, S.WAITING]
     assert [row.restarts for row in story.after().rows] == [1, 1]
     story.started(0, attempt=1)
     assert (story.row(0).state, story.row(0).restarts, story.after().over) == (S.RUNNING, 1, None)
-    # The clock goes on over all attempts.
+    story.started(1, attempt=1)
+    # The clock goes on over all attempts; what has been overcome is no news for long.
     assert story.after(9).elapsed_s == 10
+    assert story.after(60).news is None
 
 
 def test_a_service_of_which_one_worker_is_started_anew() -> None:
@@ -201,7 +203,7 @@ def test_ranks_of_a_node_that_is_not_the_first() -> None:
     assert [row.rank for row in story.after().rows] == [4, 5, 6, 7]
     assert story.after().round == (2, 2, 8)
     story.tell(events.MemberLost, member="b", reason="its lease has ended")
-    assert story.after().news == ("node b is lost: its lease has ended", True)
+    assert story.after().news[:2] == ("node b is lost: its lease has ended", True)
 
 
 def test_who_comes_late_shows_what_it_hears_of() -> None:
@@ -216,15 +218,15 @@ def test_where_workers_are_and_what_is_told_of_them() -> None:
     story.tell(events.StacksDumped, stacks={0: "in wait (a.py:3)", 7: "nobody"})
     assert story.row(0).message == "in wait (a.py:3)"
     story.tell(events.Escalated, ranks=(0, 1))
-    assert story.after().news == ("2 workers still there: SIGKILL", True)
+    assert story.after().news[:2] == ("2 workers still there: SIGKILL", True)
     story.exited(0, -9)
     assert story.states() == [S.ENDED, S.ENDING]
     story.tell(events.Warned, text="the disk is full")
-    assert story.after().news == ("the disk is full", True)
+    assert story.after().news[:2] == ("the disk is full", True)
 
 
 def test_a_run_that_could_not_be_started_says_why() -> None:
     story = Story(2, begin=False)
     story.tell(events.GroupStarting, nprocs=1)
     story.tell(events.RunEnded, succeeded=False, why="no such file", exit_status=1, group="")
-    assert (story.after().over, story.after().news) == (False, ("no such file", True))
+    assert (story.after().over, story.after().news) == (False, ("no such file", True, 0))

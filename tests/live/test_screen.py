@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +33,7 @@ esac
 read order < "$GATES/end"
 exit 1
 """
-RULE = re.compile("^── ")
+RULE = re.compile("^── ", re.MULTILINE)
 
 pytestmark = pytest.mark.usefixtures("_camera")
 
@@ -84,12 +86,22 @@ def start(tmp_path: Path, gates: Gates) -> Iterator[Start]:
     screens: list[Screen] = []
 
     def run(
-        *words: object, columns: int = 80, lines: int = 24, end: str = "", **env: str
+        *words: object,
+        columns: int = 80,
+        lines: int = 24,
+        before: str = "",
+        end: str = "",
+        shell: str = "",
+        **env: str,
     ) -> Screen:
         argv = shlex.join([sys.executable, "-m", "asupervise", *map(str, words)])
         environ = clean_environment() | {"GATES": str(gates.folder), **env}
-        command = f"cd {shlex.quote(str(ROOT))}; {argv} {end}"
-        screens.append(Screen(tmp_path, command, columns, lines, environ))
+        command = f"cd {shlex.quote(str(ROOT))}; {before} {argv} {end}"
+        if shell:
+            (tmp_path / "command").write_text(command)
+        screens.append(Screen(tmp_path, shell or command, columns, lines, environ))
+        if shell:
+            screens[-1].type(f". {tmp_path / 'command'}", "Enter")
         return screens[-1]
 
     yield run
@@ -154,3 +166,207 @@ def test_a_rank_fails(
     assert table_at(ended) < report
     assert screen.cursor_is_shown
     assert screen.shows_what_is_typed
+
+
+SAY = r"""
+echo "supervisor $PPID of rank $RANK"
+read order < "$GATES/$RANK"
+"""
+
+
+def test_the_size_changes_while_it_runs(start: Start, gates: Gates, request: Any) -> None:
+    script = """
+    for i in 1 2 3 4 5 6 7 8 9 10; do
+        echo "line $i of rank $RANK, which is a long one, and is broken on a narrow terminal"
+    done
+    printf "5 10 " > "$ASUPERVISE_PROGRESS_FILE"
+    read order < "$GATES/$RANK"
+    """
+    for rank in range(2):
+        gates.make(rank)
+    screen = start(*sh(2, script), columns=100, lines=24)
+    screen.wait_for("● 2 running", "50%", "line 10 of rank 0, which is a long one, and is")
+    for columns, lines in ((60, 24), (33, 12), (120, 30), (20, 6), (100, 24)):
+        screen.resize(columns, lines)
+        screen.wait(lambda seen, size=(columns, lines): is_whole(seen, *size))
+        take_picture(screen, request, f"live-resized-{columns}x{lines}")
+    for rank in range(2):
+        gates.tell(rank, "end")
+    screen.wait_for("✓ 2 done", "exit status 0")
+
+
+def is_whole(seen: list[str], columns: int, lines: int) -> bool:
+    """Whether one table of that width is on a screen of that height, below the log's end."""
+    titles = [number for number, line in enumerate(seen) if "● 2" in line]
+    if len(seen) != lines or len(titles) != 1 or len(seen[titles[0]]) != columns - 1:
+        return False
+    log = "".join(seen[: titles[0]])
+    return log.endswith("is broken on a narrow terminal") and not RULE.search(log)
+
+
+EVIL = r"""
+printf 'clear\033[2J\033[H\033[3Jed\n'
+printf 'title \033]0;owned\007 gone\n'
+printf 'up\033[99A\033[99Dand over\n'
+printf 'nul \000 bell \007 shift \016 here\n'
+printf 'modes \033[?1049h\033[?25h\033[4h\033#8 unset\n'
+printf 'eight \233\062\112 bits\n'
+printf '\033[31;1mcoloured\033[44m\n'
+printf 'turned \342\200\256 around\n'
+echo last
+read order < "$GATES/$RANK"
+"""
+
+
+def test_nothing_that_a_worker_prints_acts(start: Start, gates: Gates, request: Any) -> None:
+    gates.make(0)
+    screen = start(*sh(1, EVIL))
+    seen = screen.wait_for("● 1 running", "]:last", " last")
+    take_picture(screen, request, "live-evil")
+    at = table_at(seen)
+    assert text(seen[:at]).split("\n") == [
+        "[default0]:cleared",
+        "[default0]:title  gone",
+        "[default0]:upand over",
+        "[default0]:nul ␀ bell ␇ shift ␎ here",
+        "[default0]:modes  unset",
+        r"[default0]:eight \x9b2J bits",
+        "[default0]:coloured",
+        r"[default0]:turned \u202e around",
+        "[default0]:last",
+    ]
+    assert screen.tmux("display-message", "-p", "#{pane_title}").strip() != "owned"
+    assert not screen.cursor_is_shown
+    # The colours end with their line.
+    coloured, turned = screen.lines(colours=True)[6:8]
+    assert coloured.endswith("\x1b[1m\x1b[31mcoloured")
+    assert turned.startswith("\x1b[0m")
+    gates.tell(0, "end")
+    screen.wait_for("exit status 0")
+
+
+def supervisor(lines: list[str]) -> int:
+    return next(int(found[1]) for line in lines if (found := re.search(r"supervisor (\d+)", line)))
+
+
+@pytest.mark.parametrize("how", ["keys", "SIGTERM", "SIGHUP"])
+def test_the_terminal_is_given_back_after_a_signal(start: Start, gates: Gates, how: str) -> None:
+    gates.make(0)
+    screen = start(*sh(1, SAY))
+    seen = screen.wait_for("● 1 running", "]:supervisor")
+    if how == "keys":
+        screen.type("C-c")
+    else:
+        os.kill(supervisor(seen), signal.Signals[how])
+    number = signal.Signals["SIGINT" if how == "keys" else how]
+    ended = screen.wait_for(f"exit status {128 + number}")
+    said = next(n for n, line in enumerate(ended) if line.startswith(f"asupervise: {number.name}"))
+    assert said < table_at(ended)
+    assert "■ 1 ended" in ended[table_at(ended)]
+    assert screen.cursor_is_shown
+    assert screen.shows_what_is_typed
+
+
+def test_a_shell_gets_the_terminal_while_it_is_stopped(start: Start, gates: Gates) -> None:
+    if shutil.which("bash") is None:
+        pytest.skip("no shell that manages jobs: bash")
+    gates.make(0)
+    screen = start(*sh(1, SAY), shell="bash --norc --noprofile -i")
+    screen.wait_for("● 1 running", "]:supervisor")
+    screen.type("C-z")
+    screen.wait_for("Stopped")
+    screen.wait(lambda _: screen.cursor_is_shown)
+    screen.type("echo $((40 + 2))", "Enter")
+    screen.wait_for("42")
+    screen.type("fg", "Enter")
+    screen.wait(lambda seen: "● 1 running" in text(seen[-6:]) and not screen.cursor_is_shown)
+    gates.tell(0, "end")
+    screen.wait_for("✓ 1 done")
+    screen.wait(lambda _: screen.cursor_is_shown)
+
+
+def test_standard_output_is_a_file(start: Start, gates: Gates, tmp_path: Path) -> None:
+    gates.make(0)
+    screen = start(*sh(1, SAY), end=f"> {tmp_path / 'out'}")
+    seen = screen.wait_for("● 1 running", " supervisor")
+    assert not text(seen[: table_at(seen)])
+    gates.tell(0, "end")
+    screen.wait_for("✓ 1 done", "exit status 0")
+    lines = (tmp_path / "out").read_text().splitlines()
+    assert [line.startswith("[default0]:supervisor") for line in lines] == [True]
+
+
+def test_a_pipe_that_leads_to_the_terminal_all_the_same(start: Start, gates: Gates) -> None:
+    gates.make(0)
+    screen = start(*sh(1, SAY), end="| cat | cat")
+    screen.wait_for("]:supervisor")
+    gates.tell(0, "end")
+    ended = screen.wait_for("exit status 0")
+    assert text(ended).startswith("note: --live: a pipe leads to this terminal")
+    assert "running" not in text(screen.lines(history=True))
+
+
+def test_a_dumb_terminal_has_lines_only(start: Start, gates: Gates) -> None:
+    gates.make(0)
+    screen = start(*sh(1, SAY), before="TERM=dumb")
+    screen.wait_for("]:supervisor")
+    gates.tell(0, "end")
+    ended = text(screen.wait_for("exit status 0"))
+    assert ended.startswith("note: --live: TERM=dumb can show no table; only lines are shown\n")
+    assert "running" not in ended
+
+
+def test_without_rich_it_says_what_to_install(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "rich.py").write_text("raise ModuleNotFoundError('no', name='rich')")
+    screen = start(*sh(1, "echo never"), PYTHONPATH=str(tmp_path))
+    ended = text(screen.wait_for("exit status 2"))
+    assert ended.startswith("error: the live view needs the package rich\n")
+    assert "hint: pip install 'asupervise[ui]'" in ended
+    assert "never" not in ended
+
+
+def test_a_job_that_is_started_anew(start: Start, gates: Gates, request: Any) -> None:
+    script = """
+    echo "start $TORCHELASTIC_RESTART_COUNT of rank $RANK"
+    read order < "$GATES/$RANK.$TORCHELASTIC_RESTART_COUNT"
+    [ "$order" = fail ] && exit 9 || exit 0
+    """
+    for name in ("0.0", "1.0", "0.1", "1.1"):
+        gates.make(name)
+    flags = ("--max-restarts", "2", "--restart-backoff", "0", "--min-uptime", "0")
+    screen = start(*sh(2, script, *flags), columns=110)
+    screen.wait_for("● 2 running", "]:start 0 of rank 0", "]:start 0 of rank 1")
+    gates.tell("1.0", "fail")
+    seen = screen.wait_for(
+        "● 2 running", "]:start 1 of rank 0", " start 1 of rank 1", "restarts 1/2"
+    )
+    take_picture(screen, request, "live-restarted")
+    assert re.search(r"^   1  ● running +0:0\d .* 1  start 1 of rank 1$", text(seen), re.MULTILINE)
+    assert "restart 1 of 2" in text(seen)
+    for rank in range(2):
+        gates.tell(f"{rank}.1", "end")
+    screen.wait_for("✓ 2 done", "exit status 0")
+
+
+def test_services_are_started_anew_one_by_one(start: Start, gates: Gates, request: Any) -> None:
+    for name in ("0", "1"):
+        gates.make(name)
+    flags = (
+        "--max-restarts",
+        "5",
+        "--restart",
+        "worker",
+        "--restart-backoff",
+        "2",
+        "--min-uptime",
+        "0",
+    )
+    screen = start(*sh(2, SAY, *flags), columns=110)
+    screen.wait_for("● 2 running", "]:supervisor")
+    gates.tell("1", "end")
+    seen = screen.wait_for("↻ 1 restarting", "↻ in ", "● 1 running")
+    take_picture(screen, request, "live-service")
+    assert "asupervise: rank 1 has ended: start 2 in " in text(seen[: table_at(seen)])
+    screen.wait_for("● 2 running", "─ restarts 1 ─")
+    screen.type("C-c")
+    screen.wait_for("exit status 130")

@@ -21,6 +21,7 @@ QUIET_S: Final = 60.0
 _IDLE_CPU: Final = 0.02
 # Who has a progress of so few seconds only says nothing about the time that is left.
 _ESTIMATES_AFTER_S: Final = 2.0
+_NEWS_S: Final = 60.0
 _GOING_ON: Final = frozenset({State.RUNNING, State.QUIET, State.DONE, State.WAITING})
 # Of a message in a row of a table.
 _MESSAGE_CHARS: Final = 500
@@ -65,6 +66,7 @@ class Board:
         self._restarts: tuple[int, int | None] = (0, None)
         self._round: tuple[int, int, int] | None = None
         self._news: News | None = None
+        self._said_ns = 0
 
     def tell(self, event: events.Event) -> None:
         """Something has happened."""
@@ -86,7 +88,8 @@ class Board:
     def gpus_seen(self, gpus: Mapping[int, str]) -> None:
         """What is known of the GPUs, by local rank."""
         for key, row in self.rows.items():
-            self.rows[key] = replace(row, gpu=gpus.get(row.local_rank, ""))
+            if (gpu := gpus.get(row.local_rank, "")) != row.gpu:
+                self.rows[key] = replace(row, gpu=gpu)
 
     def picture(self, now_ns: int) -> Picture:
         """What there is to show now."""
@@ -99,12 +102,12 @@ class Board:
             rows=shown,
             counts=Counter(row.state for row in shown),
             title=self._title,
-            elapsed_s=max((self._ended_ns or now_ns) - self._began_ns, 0) / NS,
+            elapsed_s=max((self._ended_ns or now_ns) - (self._began_ns or now_ns), 0) / NS,
             restarts=self._restarts,
             round=self._round,
             fraction=fraction,
             left_s=self._left_s(known, now_ns),
-            news=self._news,
+            news=self._still_news(shown, now_ns),
             over=self._over,
             dropped=self.dropped,
         )
@@ -113,6 +116,11 @@ class Board:
         if row.state is State.RUNNING and row.quiet_s(now_ns) >= self._quiet_s:
             return replace(row, state=State.QUIET)
         return row
+
+    def _still_news(self, rows: Sequence[Row], now_ns: int) -> News | None:
+        """What was said last, for a minute; longer where it is the state of affairs."""
+        goes_on = self._over is None and all(row.state in _GOING_ON for row in rows)
+        return None if goes_on and now_ns - self._said_ns > _NEWS_S * NS else self._news
 
     def _left_s(self, rows: Sequence[Row], now_ns: int) -> float | None:
         """How long it will take if it goes on like that."""
@@ -163,15 +171,15 @@ class Board:
     def _run_ended(self, event: events.RunEnded) -> None:
         self._over, self._ended_ns = event.succeeded, event.monotonic_ns
         if event.why and not event.succeeded and self._news is None:
-            self._say(event.why)
+            self._say(event, event.why)
 
     def _restarting(self, event: events.Restarting) -> None:
         reason = f": {event.reason}" if event.reason else ""
-        wait = f" in {event.delay_s:.0f} s" if event.delay_s >= 1 else ""
+        due_ns = event.monotonic_ns + int(event.delay_s * NS)
         if event.local_rank is None:
             self._restarts = event.restarts, event.max_restarts
             of = "" if event.max_restarts is None else f" of {event.max_restarts}"
-            self._say(f"restart {event.restarts}{of}{wait}{reason}")
+            self._say(event, f"restart {event.restarts}{of}{reason}", due_ns=due_ns)
             return
         self._restarts = self._restarts[0] + 1, event.max_restarts
         if (row := self.rows.get((event.group, event.local_rank))) is not None:
@@ -181,23 +189,24 @@ class Board:
                     state=State.RESTARTING,
                     restarts=event.restarts,
                     changed_ns=event.monotonic_ns,
-                    due_ns=event.monotonic_ns + int(event.delay_s * NS),
+                    due_ns=due_ns,
                 )
             )
-        self._say(f"restart{wait}{reason}")
+        self._say(event, f"restart{reason}", due_ns=due_ns)
 
     def _round_completed(self, event: events.RoundCompleted) -> None:
         if len(event.members) > 1:
             self._round = event.round, len(event.members), event.world_size
 
     def _member_lost(self, event: events.MemberLost) -> None:
-        self._say(f"node {event.member} is lost: {event.reason}")
+        self._say(event, f"node {event.member} is lost: {event.reason}")
 
     def _warned(self, event: events.Warned) -> None:
-        self._say(event.text)
+        self._say(event, event.text)
 
-    def _say(self, text: str, *, is_bad: bool = True) -> None:
-        self._news = News(text[:_MESSAGE_CHARS], is_bad)
+    def _say(self, event: events.Event, text: str, *, is_bad: bool = True, due_ns: int = 0) -> None:
+        self._news = News(text[:_MESSAGE_CHARS], is_bad, due_ns)
+        self._said_ns = event.monotonic_ns
 
     # --- workers ------------------------------------------------------------------------------
 
@@ -282,7 +291,7 @@ class Board:
         )
         self._put(row)
         if row.state is State.FAILED:
-            self._say(f"rank {row.rank} failed: {how_ended(row)}")
+            self._say(event, f"rank {row.rank} failed: {how_ended(row)}")
 
     def _failed(self, event: events.WorkerFailed) -> None:
         text = _why(event)
@@ -298,7 +307,7 @@ class Board:
         )
         if event.root_cause:
             how = how_ended(self._of(event))
-            self._say(f"rank {event.rank} failed: {how}{f': {text}' if text else ''}")
+            self._say(event, f"rank {event.rank} failed: {how}{f': {text}' if text else ''}")
 
     def _stacks(self, event: events.StacksDumped) -> None:
         for rank, text in event.stacks.items():
@@ -311,14 +320,14 @@ class Board:
             return
         self._told_to_end(event)
         if self._news is not None and self._news.is_bad:
-            self._say(f"{self._news.text}; ending the others: {event.signal}")
+            self._say(event, f"{self._news.text}; ending the others: {event.signal}")
         else:
-            self._say(f"ending {_workers(event.ranks)}: {event.signal}", is_bad=False)
+            self._say(event, f"ending {_workers(event.ranks)}: {event.signal}", is_bad=False)
 
     def _escalated(self, event: events.Escalated) -> None:
         self._told_to_end(event)
         if event.ranks:
-            self._say(f"{_workers(event.ranks)} still there: {event.signal}")
+            self._say(event, f"{_workers(event.ranks)} still there: {event.signal}")
 
     def _told_to_end(self, event: events.SignalSent | events.Escalated) -> None:
         if (group := self._groups.get(event.group)) is not None:

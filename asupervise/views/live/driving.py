@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 from asupervise.bus import Subscription
 from asupervise.views.live.above import Above
 from asupervise.views.live.board import Board
+from asupervise.views.live.gpu_use import GpuUse
 from asupervise.views.live.last_lines import LastLines
 from asupervise.views.live.layout import Layout, lay_out, room
 from asupervise.views.live.painting import HIDE_CURSOR, SHOW_CURSOR, Drawn, Painter, end_of
@@ -37,7 +38,8 @@ _LINES_CHARS: Final = 32 * 1024
 # Who has more than that waiting waits for the terminal.
 _WAITING_CHARS: Final = 256 * 1024
 
-Lines = Mapping[tuple[str, int], str]
+Key = tuple[str, int]
+Lines = Mapping[Key, str]
 
 
 class Look(NamedTuple):
@@ -66,7 +68,7 @@ class LiveView:
         terminal: where.
         look: how it looks.
         streams: the names of those in `sys` that end there.
-        gpus: what is known of each local rank's GPU; may take its time, for it is in a thread.
+        gpus: tells of the GPUs; None where there are none.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class LiveView:
         terminal: Terminal,
         look: Look,
         streams: Sequence[str] = (),
-        gpus: Callable[[], Mapping[int, str]] | None = None,
+        gpus: GpuUse | None = None,
     ) -> None:
         self._board = board
         self._heard = heard
@@ -86,7 +88,7 @@ class LiveView:
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="asupervise-live")
         self._painter = Painter()
-        self._last_lines: LastLines[tuple[str, int]] = LastLines()
+        self._last_lines: LastLines[Key] = LastLines()
         self.streams = {name: Above(self, colours=look.colours) for name in streams}
         self._waiting = _Waiting(self._stir)
         self._stirred = asyncio.Event()
@@ -96,7 +98,10 @@ class LiveView:
         # Whether something has happened since the table was laid out, and when that was.
         self._changed = True
         self._laid_out_s = self._painted_s = 0.0
-        self._ending = self._paused = False
+        # Whether the terminal is given back for a while; whether it is (still, again) the shell's.
+        self._paused = False
+        self._away = True
+        self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
 
     # --- what others do -------------------------------------------------------------------------
@@ -125,17 +130,15 @@ class LiveView:
 
     def resume(self) -> None:
         """Take the terminal again."""
-        self._paused = False
-        self._painter.forget_table()
-        self._terminal.mute()
-        self._terminal.write_at_once(HIDE_CURSOR)
+        self._paused, self._away = False, True
         self._layout_soon()
 
     # --- its life -------------------------------------------------------------------------------
 
     def start(self) -> None:
-        self._terminal.mute()
-        self._terminal.write_at_once(HIDE_CURSOR)
+        """Begin."""
+        if self._gpus is not None:
+            self._gpus.start()
         self._tasks = [
             self._loop.create_task(self._hear(), name="asupervise: live view, events"),
             self._loop.create_task(self._paint_on(), name="asupervise: live view"),
@@ -162,6 +165,8 @@ class LiveView:
         self._thread.shutdown()
         self._terminal.write_at_once(SHOW_CURSOR)
         self._terminal.close()
+        if self._gpus is not None:
+            self._gpus.stop()
 
     async def _hear(self) -> None:
         while await self._heard.wait():
@@ -220,12 +225,11 @@ class LiveView:
         lines = await self._in_thread(data, look=lays_out)
         self._waiting.taken()
         # Who has written something has another last line, most likely.
-        if text or (lines and self._board.lines_seen(lines, time.monotonic_ns())):
+        if self._board.lines_seen(lines, time.monotonic_ns()) or text:
             self._changed = True
 
     async def _last_paint(self) -> None:
-        lines = await self._in_thread("", look=True)
-        self._board.lines_seen(lines, time.monotonic_ns())
+        self._board.lines_seen(await self._in_thread("", look=True), time.monotonic_ns())
         size = self._terminal.size()
         self._lay_out(size)
         text = self._painted(self._waiting.take_all(), size)
@@ -236,6 +240,8 @@ class LiveView:
         self._changed = False
         self._laid_out_s = self._loop.time()
         self._size = size
+        if self._gpus is not None:
+            self._board.gpus_seen(self._gpus.latest)
         picture = self._board.picture(time.monotonic_ns())
         height = room(len(picture.rows), size.lines)
         # A cell less than there are: behind a line that fills its row terminals differ.
@@ -245,18 +251,24 @@ class LiveView:
     def _painted(self, text: str, size: Size) -> str:
         if self._paused or not self._terminal.in_foreground:
             # The terminal is the shell's: lines may appear there, as those of any program.
-            self._painter.forget_table()
+            self._away = True
             return text
+        begin = ""
+        if self._away:
+            self._away = False
+            self._painter.forget_table()
+            self._terminal.mute()
+            begin = HIDE_CURSOR
         begun = [each.unfinished for each in self.streams.values() if each.unfinished]
         above = [self._look.draw((Span(end_of(line, size.columns - 1)),)) for line in begun]
-        return self._painter.paint(text, [*above, *self._table], size)
+        return begin + self._painter.paint(text, [*above, *self._table], size)
 
     async def _in_thread(self, data: str, *, look: bool) -> Lines:
         rows = self._layout.rows if look else ()
         files = {row.key: row.files for row in rows if row.files}
         return await self._loop.run_in_executor(self._thread, self._write_and_look, data, files)
 
-    def _write_and_look(self, data: str, files: Mapping[tuple[str, int], Sequence[str]]) -> Lines:
+    def _write_and_look(self, data: str, files: Mapping[Key, Sequence[str]]) -> Lines:
         self._terminal.write(data)
         return self._last_lines.read(files) if files else {}
 

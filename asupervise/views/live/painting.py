@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells
 from rich.color import ColorSystem
 from rich.style import Style
 
@@ -31,6 +31,8 @@ SHOW_CURSOR: Final = "\x1b[?25h"
 _BEGIN, _END = "\x1b[?2026h", "\x1b[?2026l"
 _TO_LINE_END: Final = "\x1b[K"
 _TO_SCREEN_END: Final = "\x1b[J"
+# Lines are wiped by deleting them: where a terminal is asked to clear all from its first cell on,
+# some keep a copy (tmux, "scroll-on-clear").
 _HOME: Final = "\x1b[H"
 # Enough to fill a large screen once more.
 _TAIL_CHARS: Final = 64 * 1024
@@ -111,6 +113,8 @@ class Painter:
         self._size: Size | None = None
         # The last lines above the table.
         self._tail = ""
+        # Whether all of the screen was drawn by us: then it may be drawn anew.
+        self._is_ours = False
 
     def paint(self, text: str, table: Sequence[Drawn], size: Size) -> str:
         """Show lines above the table, and the table.
@@ -120,14 +124,13 @@ class Painter:
             table: its lines, each narrower than the terminal.
             size: of the terminal, now.
         """
-        resized = self._size not in (None, size)
         self._tail = (self._tail + text)[-_TAIL_CHARS:]
-        if resized and (above := self._last_lines(size, len(table))) is not None:
-            parts = [_HOME, *above]
-        elif resized or text:
-            parts = [self._to_top(size), _TO_SCREEN_END, text]
+        rows = len(self._drawn)
+        if self._size not in (None, size):
+            parts = self._all_anew(size, len(table))
         else:
-            parts = [self._to_top(size)]
+            # Where nothing is written above it, it is drawn over itself, and does not flicker.
+            parts = [_up(rows - 1), _delete_lines(rows) if text else "", text]
         parts += [f"{_TO_LINE_END}\r\n".join(line.text for line in table)]
         # After the last line too, and below it: there may have been more of them.
         parts += [_TO_LINE_END if table else "", _TO_SCREEN_END]
@@ -137,35 +140,40 @@ class Painter:
     def forget_table(self) -> None:
         """It stays where it is; the next one is drawn below what somebody else writes."""
         self._drawn = ()
+        self._is_ours = False
 
-    def _to_top(self, size: Size) -> str:
-        """To the beginning of the table that is there."""
-        before = self._size or size
-        if size.columns < before.columns:
-            # Most terminals have broken its lines by now.
-            rows = sum(_rows(line.cells, size.columns) for line in self._drawn)
-        else:
-            rows = len(self._drawn)
-        up = min(rows, size.lines) - 1
-        return f"\r\x1b[{up}A" if up > 0 else "\r"
+    def _all_anew(self, size: Size, below: int) -> list[str]:
+        """The last lines, on a screen on which nobody knows what stands where."""
+        lines, fill = self._last_lines(size, max(size.lines - below, 0))
+        away = "" if fill or self._is_ours else self._all_away(size)
+        self._is_ours = True
+        return [away, _HOME, *lines]
 
-    def _last_lines(self, size: Size, below: int) -> list[str] | None:
-        """The last lines, to be written from the top on; None if there are too few for it."""
-        room = size.lines - below
+    def _all_away(self, size: Size) -> str:
+        """What is on the screen goes into the terminal's history, as well as may be without us."""
+        assert self._size is not None
+        columns = min(size.columns, self._size.columns)
+        # Most terminals have broken lines that are too wide by now.
+        rows = sum(_rows(line.cells, columns) for line in self._drawn)
+        rows = min(rows, size.lines)
+        newlines = "\n" * size.lines
+        return f"{_up(rows - 1)}{_delete_lines(rows)}\x1b[{size.lines};1H{newlines}"
+
+    def _last_lines(self, size: Size, room: int) -> tuple[list[str], bool]:
+        """The last lines, for so many rows, and whether they fill them."""
         lines: list[str] = []
         for line in reversed(self._tail.split("\n")[:-1]):
-            cells = cell_len(_COLOUR.sub("", line).expandtabs())
+            plain = _COLOUR.sub("", line).expandtabs()
+            cells = cell_len(plain)
             rows = _rows(cells, size.columns)
             if rows > room:
-                # Of a line that has only its end on the screen, nothing is shown.
-                return [f"{_TO_LINE_END}\r\n" * room, *reversed(lines)]
+                # The screen begins in the middle of it.
+                end = chop_cells(plain, size.columns)[-room:] if room else []
+                first = [_ended(row, cell_len(row), size) for row in end]
+                return [*first, *reversed(lines)], True
             room -= rows
-            # Behind a last cell that is taken, the terminal would wipe that.
-            fills = cells and cells % size.columns == 0
-            lines.append(f"{line}{'' if fills else _TO_LINE_END}\r\n")
-            if not room:
-                return lines[::-1]
-        return None
+            lines.append(_ended(line, cells, size))
+        return lines[::-1], not room
 
 
 def end_of(text: str, cells: int) -> str:
@@ -173,6 +181,21 @@ def end_of(text: str, cells: int) -> str:
     while cell_len(text) > cells:
         text = text[max(cell_len(text) - cells, 1) :]
     return text
+
+
+def _up(lines: int) -> str:
+    return f"\r\x1b[{lines}A" if lines > 0 else "\r"
+
+
+def _ended(line: str, cells: int, size: Size) -> str:
+    """A line, and nothing behind it."""
+    # Behind a last cell that is taken, the terminal would wipe that.
+    fills = cells and cells % size.columns == 0
+    return f"{line}{'' if fills else _TO_LINE_END}\r\n"
+
+
+def _delete_lines(count: int) -> str:
+    return f"\x1b[{count}M" if count > 0 else ""
 
 
 def _rows(cells: int, columns: int) -> int:

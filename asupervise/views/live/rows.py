@@ -122,10 +122,17 @@ class Size(NamedTuple):
 
 
 class News(NamedTuple):
-    """The latest of what everybody should know."""
+    """The latest of what everybody should know.
+
+    Attributes:
+        text: a sentence.
+        is_bad: whether somebody may have to do something about it.
+        due_ns: when it comes to pass, where that is to be waited for; 0 otherwise.
+    """
 
     text: str
     is_bad: bool
+    due_ns: int = 0
 
 
 class Picture(NamedTuple):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
+from asupervise.views.live.pipes import leads_to
 from asupervise.views.live.rows import Size
 
 __all__ = ["Place", "Terminal", "find_terminal"]
@@ -51,14 +52,22 @@ def find_terminal(streams: Mapping[str, Any], environ: Mapping[str, str]) -> Pla
     fd = next(iter(fds.values()))
     if not in_foreground(fd):
         return Place(None, "it runs in the background")
+    others = [_fd(stream) for name, stream in streams.items() if name not in fds]
+    if any(leads_to(other, _device(fd)) for other in others if other is not None):
+        return Place(None, "a pipe leads to this terminal")
     same = tuple(name for name, other in fds.items() if _device(other) == _device(fd))
     return Place(fd, "", same)
 
 
 def _terminal(stream: Any) -> int | None:
+    fd = _fd(stream)
+    return fd if fd is not None and os.isatty(fd) else None
+
+
+def _fd(stream: Any) -> int | None:
     try:
         fd: int = stream.fileno()
-        return fd if os.isatty(fd) else None
+        return fd
     except (AttributeError, OSError, TypeError, ValueError):
         return None
 
@@ -99,11 +108,11 @@ class Terminal:
 
     def mute(self) -> None:
         """What is typed is not shown any more: it would stand in the table."""
-        if self._modes is not None or not in_foreground(self._given):
+        if not in_foreground(self._given):
             return
         with suppress(OSError, termios.error):
             modes = termios.tcgetattr(self._given)
-            self._modes = modes[:]
+            self._modes = self._modes or modes[:]
             modes[_LFLAG] &= ~(termios.ECHO | termios.ECHONL)
             termios.tcsetattr(self._given, termios.TCSADRAIN, modes)
 

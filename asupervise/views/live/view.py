@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from asupervise.bus import EventBus
 from asupervise.errors import NotSupportedError
@@ -17,7 +17,7 @@ from asupervise.views.live.tty import Place, Terminal, find_terminal, flush
 if TYPE_CHECKING:
     from asupervise.views.live.driving import LiveView
 
-__all__ = ["live_view"]
+__all__ = ["live_view", "place_of_view"]
 
 # What is told between two looks at it; of more, samples and heartbeats are missed first.
 _QUEUE: Final = 10_000
@@ -56,8 +56,7 @@ async def live_view(bus: EventBus, *, title: str = "") -> AsyncIterator[LiveView
                 result = await ctx.wait()
         bus.close()
     """
-    streams = {"stdout": sys.stdout, "stderr": sys.stderr}
-    place = find_terminal(streams, os.environ)
+    place = place_of_view()
     if place.fd is None:
         yield None
         return
@@ -69,8 +68,8 @@ async def live_view(bus: EventBus, *, title: str = "") -> AsyncIterator[LiveView
             raise
         message = "the live view needs the package rich"
         raise NotSupportedError(message, hint="pip install 'asupervise[ui]'") from None
-    flush(streams.values())
-    view = _made(LiveView, bus, title, place, streams)
+    flush([sys.stdout, sys.stderr])
+    view = _made(LiveView, bus, title, place)
     view.start()
     try:
         with standing_in(view.streams):
@@ -79,18 +78,22 @@ async def live_view(bus: EventBus, *, title: str = "") -> AsyncIterator[LiveView
         await _ended(view)
 
 
-def _made(
-    kind: type[LiveView], bus: EventBus, title: str, place: Place, streams: Mapping[str, Any]
-) -> LiveView:
+def place_of_view() -> Place:
+    """Where a view would be shown, or why not."""
+    return find_terminal({"stdout": sys.stdout, "stderr": sys.stderr}, os.environ)
+
+
+def _made(kind: type[LiveView], bus: EventBus, title: str, place: Place) -> LiveView:
     from rich.console import Console as RichConsole
 
     from asupervise.views.live.board import Board
     from asupervise.views.live.driving import Look
+    from asupervise.views.live.gpu_use import gpu_use
     from asupervise.views.live.painting import drawer
     from asupervise.views.live.spans import ASCII, UNICODE
 
     assert place.fd is not None
-    stream = streams[place.streams[0]]
+    stream = getattr(sys, place.streams[0])
     # Of Rich's knowledge of terminals: what this one can do, and what its user wants of that.
     rich = RichConsole(file=stream)
     styled = rich.color_system is not None
@@ -102,7 +105,7 @@ def _made(
         coloured,
     )
     heard = bus.subscribe(_QUEUE)
-    return kind(Board(title), heard, Terminal(place.fd), look, place.streams)
+    return kind(Board(title), heard, Terminal(place.fd), look, place.streams, gpu_use())
 
 
 async def _ended(view: LiveView) -> None:

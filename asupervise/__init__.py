@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from asupervise.errors import SignalException as SignalException
     from asupervise.errors import SupervisorError as SupervisorError
     from asupervise.errors import ZygoteError as ZygoteError
+    from asupervise.exporters.handling import EventHandler as EventHandler
+    from asupervise.exporters.handling import handle_events as handle_events
     from asupervise.failures import ProcessFailure as ProcessFailure
     from asupervise.failures import root_cause as root_cause
     from asupervise.formats import ConsoleFormat as ConsoleFormat
@@ -84,6 +86,7 @@ _HOMES = {
     "DefaultLogsSpecs": "logs",
     "ErrorHandler": "error_handler",
     "EventBus": "bus",
+    "EventHandler": "exporters.handling",
     "GroupPlan": "plan",
     "LaunchConfig": "elastic.config",
     "LogLine": "lines",
@@ -110,6 +113,7 @@ _HOMES = {
     "Zygote": "functions.zygote",
     "ZygoteError": "errors",
     "get_error_handler": "error_handler",
+    "handle_events": "exporters.handling",
     "handle_signals": "signals",
     "heartbeat": "worker",
     "launch": "elastic.launching",

@@ -220,11 +220,20 @@ class Subscription:
         self._stirred.set()
 
     def close(self) -> None:
-        """Hear of nothing any more."""
-        self._ended = True
+        """Hear of nothing any more, and let go of what waits."""
         self._queue.clear()
+        self.finish()
+
+    def finish(self) -> None:
+        """Hear of nothing more; what waits can still be taken, and then it ends."""
+        self._ended = True
         self._bus._subscriptions.discard(self)
         self._wake()
+
+    @property
+    def waiting(self) -> int:
+        """How many events wait to be taken."""
+        return len(self._queue)
 
     def take(self) -> list[Event]:
         """All that waits to be taken, without waiting."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from signal import SIG_IGN, Signals, getsignal
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -132,7 +132,7 @@ async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], 
 
         try:
             hooks = Hooks(on_group, _tell_round, stop, on_warning=_warn)
-            async with _watched(options) as events:
+            async with _consumed(options) as events:
                 if options.restart == "worker":
                     outcome = await serve(
                         job.blueprint, job.request, hooks,
@@ -149,23 +149,13 @@ async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], 
     return _concluded(job, outcome, handling.received)
 
 
-@asynccontextmanager
-async def _watched(options: LaunchOptions) -> AsyncIterator[EventBus | None]:
+def _consumed(options: LaunchOptions) -> AbstractAsyncContextManager[EventBus | None]:
     """The bus that whoever shows the run hears of it by; None where nobody does."""
-    if not options.live:
-        yield None
-        return
-    from asupervise.bus import EventBus
-    from asupervise.signals import handle_terminal
-    from asupervise.views.live.view import live_view, place_of_view
+    if not options.is_consumed:
+        return nullcontext()
+    from asupervise.consumers import consuming
 
-    bus = EventBus()
-    if why_not := place_of_view().why_not:
-        _say(f"note: --live: {why_not}; only lines are shown")
-    async with live_view(bus, title=os.path.basename(options.script)) as view:
-        with handle_terminal(view) if view is not None else nullcontext():
-            yield bus
-        bus.close()
+    return consuming(options, _say, _warn)
 
 
 def _tell_round(round: Round) -> None:

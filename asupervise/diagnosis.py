@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +24,6 @@ _STACKS_EXPLAIN_S: Final = 60.0
 # How long to wait for what is still being found out when the group ends.
 _LAST_WORDS_S: Final = 3.0
 _COUNTING_SLACK_BYTES: Final = 4 << 20
-_TICK_S: Final = 1 / os.sysconf("SC_CLK_TCK")
 _BY_SIGKILL: Final = (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
@@ -151,7 +149,7 @@ class Diagnosis:
             if self._samples:
                 self._used[pid] = used
             if tells and (entry := procfs.read_entry(pid)) is not None:
-                self._teller.sampled(handler, used, entry.cpu_ticks * _TICK_S)
+                self._teller.sampled(handler, used, entry.cpu_ticks * procfs.TICK_S)
             if text not in folders:
                 folders[text] = memory.folder_of(text)
             if folder := folders[text]:

@@ -154,10 +154,29 @@ def _count(text: str) -> int:
     return _integer(text, "a number of at least 0", 0)
 
 
-def _event_log_handler(text: str) -> str:
-    if text != "null":
-        raise ValueError("event log handlers are not supported yet; expected null")
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ValueError("expected names with commas between them")
+    return names
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("expected a file")
     return text
+
+
+def _metrics_port(text: str) -> tuple[str, int]:
+    if text.strip().isascii() and text.strip().isdigit():
+        return "127.0.0.1", _port(text)
+    try:
+        host, port = split_endpoint(text)
+    except ValueError:
+        port = None
+    if port is None:
+        raise ValueError("expected a port from 0 (any free one) to 65535, or HOST:PORT")
+    return host, port
 
 
 # --- the flags -------------------------------------------------------------------------------
@@ -390,6 +409,31 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             ours=True,
         ),
     ),
+    "Events and metrics": (
+        Flag(
+            "--events",
+            "Append what happens to this file, as lines of JSON; -: to stderr. A pipe is waited "
+            "for, and slows nobody.",
+            _path,
+            "FILE",
+            ours=True,
+        ),
+        Flag(
+            "--event-log-handler",
+            "Who is told what happens, with commas between them: console (lines of JSON on "
+            "stderr), otel (OpenTelemetry spans), prometheus (needs --metrics-port), null, or "
+            "those of entry points (group asupervise.event_handlers) (default: null).",
+            _names,
+            "NAME,...",
+        ),
+        Flag(
+            "--metrics-port",
+            "Serve metrics for Prometheus on this port of 127.0.0.1, or of HOST (default: none).",
+            _metrics_port,
+            "[HOST:]PORT",
+            ours=True,
+        ),
+    ),
     "Where the ranks meet": (
         Flag("--standalone", "On this machine, on a free port; overrides all but --local-addr."),
         Flag(
@@ -488,7 +532,6 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             "METHOD",
         ),
         Flag("--monitor-interval", "Accepted; nothing is polled.", _seconds, "SECONDS"),
-        Flag("--event-log-handler", "Only null so far.", _event_log_handler, "NAME"),
     ),
     "About": (
         Flag("--dry-run", "Print what would be started, and why; start nothing.", ours=True),

@@ -15,7 +15,6 @@ _LOOKS_PER_TIMEOUT = 4
 # Who waits in a loop with a timeout, as collective libraries do, uses a little CPU all the same.
 _IDLE_SHARE = 0.01
 _IDLE_ALLOWANCE_S = 0.03
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(slots=True)
@@ -108,7 +107,7 @@ class HangDetector:
 def _cpu_by_session() -> dict[int, float]:
     used: dict[int, float] = {}
     for entry in procfs.entries():
-        used[entry.session] = used.get(entry.session, 0.0) + entry.cpu_ticks * _TICK_S
+        used[entry.session] = used.get(entry.session, 0.0) + entry.cpu_ticks * procfs.TICK_S
     return used
 
 

@@ -59,6 +59,10 @@ class LaunchOptions(NamedTuple):
     forward_signals: tuple[signal.Signals, ...] = ()
     guardian: bool = True
 
+    events: str | None = None
+    event_log_handler: tuple[str, ...] = ("null",)
+    metrics_port: tuple[str, int] | None = None
+
     hang_timeout: float | None = None
     memory_sample_interval: float = 600.0
 
@@ -82,11 +86,16 @@ class LaunchOptions(NamedTuple):
     use_env: bool = True
     start_method: str = "spawn"
     monitor_interval: float = 0.1
-    event_log_handler: str = "null"
 
     dry_run: bool = False
     help: bool = False
     version: bool = False
+
+    @property
+    def is_consumed(self) -> bool:
+        """Whether anybody wants to hear what happens."""
+        handled = any(name != "null" for name in self.event_log_handler)
+        return self.live or handled or (self.events, self.metrics_port) != (None, None)
 
 
 _ALL: dict[str, Flag] = {flag.name: flag for group in FLAGS.values() for flag in group}
@@ -262,6 +271,10 @@ def _checked(options: LaunchOptions) -> LaunchOptions:
         )
     _check_signals(options)
     _check_console(options)
+    if "prometheus" in options.event_log_handler and options.metrics_port is None:
+        raise UsageError(
+            "--event-log-handler prometheus needs --metrics-port", hint="--metrics-port 9464"
+        )
     if isinstance(options.nproc_per_node, int):
         check_stdin(options, options.nproc_per_node)
     _check_endpoint(options)

@@ -18,6 +18,8 @@ _ENDED_STATES = frozenset("ZXx")
 # How long to wait for a program that is just being loaded: 20 ms at most.
 _EXEC_LOOKS = 20
 _EXEC_PAUSE_S = 0.001
+# In which the kernel counts CPU time.
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class ProcessEntry(NamedTuple):

@@ -108,6 +108,13 @@ ROOMS = {
     "watches": room(others="asyncinotify", asynchronous=True),
     "pulses": room("handler hub telling watches worker", asynchronous=True),
     "recording": room("bus logs", lazily="events views.report", asynchronous=True),
+    "exporters.__init__": room(),
+    "exporters.handling": room("bus shielding", lazily="events", asynchronous=True),
+    "exporters.lines": room("recording", lazily="events"),
+    "exporters.loading": room("errors", lazily="exporters.handling"),
+    "exporters.otel": room("events", others="opentelemetry"),
+    "exporters.prometheus": room("events memory procfs", others="prometheus_client"),
+    "exporters.scraping": room(others="prometheus_client", asynchronous=True),
     "views.__init__": room(),
     "views.plain": room(),
     "views.markup": room("views.plain"),
@@ -339,10 +346,15 @@ ROOMS = {
     ),
     "dryrun": room("job plan", lazily="binding"),
     "signals": room(asynchronous=True),
+    "consumers": room(
+        "bus exporters.handling options",
+        lazily="exporters.lines exporters.loading exporters.otel exporters.prometheus"
+        " exporters.scraping signals views.live.view",
+    ),
     "cli": room(
         "errors options",
-        lazily="bus dryrun elastic.agent elastic.launching elastic.node elastic.records"
-        " elastic.running error_handler failures job procs report result signals views.live.view",
+        lazily="bus consumers dryrun elastic.agent elastic.launching elastic.node elastic.records"
+        " elastic.running error_handler failures job procs report result signals",
         asynchronous=True,
     ),
     "__main__": room("cli"),

@@ -1,0 +1,1 @@
+"""Consumers that carry events elsewhere: files, tracers, metrics; empty."""

@@ -418,8 +418,10 @@ def test_the_command_line_serves_metrics(channel: Channel) -> None:
             assert found is not None
             pids = asyncio.run(channel.pids(2))
             assert sorted(pids) == [0, 1]
-            families = _families(scrape(found[1]))
-            assert ({"group": "default", "state": "running"}, 2) in families["asupervise_workers"]
+            running = {"group": "default", "state": "running"}, 2
+            # They are told of in a thread: soon.
+            while running not in (families := _families(scrape(found[1])))["asupervise_workers"]:
+                pass
             assert "process_cpu_seconds" in families
         finally:
             process.send_signal(signal.SIGTERM)

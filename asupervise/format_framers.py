@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from asupervise.formats import Speaker, stamp
 from asupervise.framing import Framed, LineFramer
@@ -57,6 +57,10 @@ def json_fields(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields)[1:-1]
 
 
+# What JSON takes as it is between quotes; and the ends of lines.
+_PLAIN: Final = bytes(range(0x20, 0x7F)).translate(None, b'"\\') + b"\n"
+
+
 class JsonFramer(WholeLineFramer):
     """Makes an object of each whole line; a line that is too long to be held makes several."""
 
@@ -74,7 +78,19 @@ class JsonFramer(WholeLineFramer):
         )
 
     def feed(self, data: bytes) -> Framed | None:
-        return self._objects(super().feed(data))
+        first, end = data.find(b"\n") + 1, data.rfind(b"\n") + 1
+        whole = data[first:end]
+        if not whole or whole.translate(None, _PLAIN):
+            return self._objects(super().feed(data))
+        # Lines in which nothing is to be escaped, all at once: ten times as fast.
+        begun = self._objects(super().feed(data[:first]))
+        assert begun is not None, "a line has come to its end"
+        head, tail = json_line(self.read_at, self._fields, "\n").rsplit(rb"\n", 1)
+        rest: tuple[bytes, ...] = (head, whole[:-1].replace(b"\n", tail + head), tail)
+        # At the same time; too long a piece comes out at once.
+        if (grown := self._objects(LineFramer.feed(self, data[end:]))) is not None:
+            rest = (*rest, grown.fresh)
+        return Framed(begun.fresh, begun.fresh, rest, unfinished=False)
 
     def end(self) -> Framed | None:
         return self._objects(super().end())

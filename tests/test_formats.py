@@ -172,6 +172,21 @@ def test_a_line_too_long_to_be_held_makes_several_objects() -> None:
     assert (first["continues"], "continues" in second, third["text"]) == (True, False, "z")
 
 
+@pytest.mark.parametrize("last", ["c", 'c"'], ids=["nothing to escape", "something to escape"])
+def test_what_follows_whole_lines_is_held_or_comes_in_pieces(last: str) -> None:
+    """Where nothing is to be escaped they are all made at once."""
+    framer = JsonFramer(speaker(0), clock=lambda: NOON)
+    first = shown(framer.feed(b"a\nb\n\n" + last.encode() + b"\n" + b"x" * 1_100_000))
+    then = shown(framer.feed(b"y\n" + b"d\ne"))
+    objects = [json.loads(line) for line in (first + then + shown(framer.end())).splitlines()]
+    texts = [each["text"] for each in objects]
+    assert texts[:4] == ["a", "b", "", last]
+    assert "".join(texts[4:-2]) == "x" * 1_100_000 + "y"
+    assert texts[-2:] == ["d", "e"]
+    assert [each for each in objects if each.get("continues")] == objects[4:5]
+    assert {each["time"] for each in objects} == {NOON}
+
+
 @given(
     st.lists(st.sampled_from([b"a", b"b\n", b"\r", b"c\rd", None]), max_size=12),
     st.integers(1, 4),

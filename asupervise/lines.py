@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from asupervise.framing import Framed
 from asupervise.hub import Hub, shared_hub
@@ -21,7 +22,7 @@ from asupervise.sinks import Sink
 from asupervise.tailing import Tailer, follow_successor
 from asupervise.whole_lines import WholeLineFramer
 
-__all__ = ["LineReader", "LogLine", "Source", "sources_of"]
+__all__ = ["LineFeed", "LineReader", "LogLine", "Source", "sources_of"]
 
 # Blocks that were read and that nobody has taken yet: enough to read one while another is used.
 _BLOCKS_AHEAD = 4
@@ -304,6 +305,50 @@ class _Outlet(Sink):
                 for text, continues in self.framer.texts(framed)
             ]
         )
+
+
+class LineFeed:
+    """The consumers of a service's lines: its files change, as workers are started anew.
+
+    Args:
+        plan: of all workers' first start.
+    """
+
+    def __init__(self, plan: GroupPlan) -> None:
+        self._plan = plan
+        # Whose lines each of them wants. Nobody holds a reader but who reads.
+        self._readers: WeakKeyDictionary[LineReader, tuple[set[int], Std]] = WeakKeyDictionary()
+
+    def reader(
+        self, running: Iterable[GroupPlan], ranks: Iterable[int] | None, streams: Std
+    ) -> LineReader:
+        """For a new consumer.
+
+        Args:
+            running: the plans of the workers that run now, one for each.
+            ranks: as in `sources_of`.
+            streams: likewise.
+
+        Raises:
+            ValueError, OSError: as `sources_of` and `LineReader`.
+        """
+        chosen = {source.local_rank for source in sources_of(self._plan, ranks, streams)}
+        plans = [plan for plan in running if plan.workers[0].local_rank in chosen]
+        reader = LineReader(s for plan in plans for s in sources_of(plan, None, streams))
+        self._readers[reader] = chosen, streams
+        return reader
+
+    def started(self, plan: GroupPlan) -> None:
+        """A worker has been started (anew)."""
+        for reader, (ranks, streams) in list(self._readers.items()):
+            if plan.workers[0].local_rank in ranks:
+                for source in sources_of(plan, None, streams):
+                    reader.add(source)
+
+    def ended(self, local_rank: int) -> None:
+        """Nobody writes any more to the files of this worker's present start."""
+        for reader in list(self._readers):
+            reader.stop_worker(local_rank)
 
 
 def _open(source: Source) -> int:

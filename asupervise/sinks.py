@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Protocol
 
 from asupervise.framing import Framed
@@ -54,3 +54,16 @@ class Sink(Protocol):
         """Take what comes out of an iterator, which may run in a thread."""
         for framed in framings:
             await self.write(owner, framed)
+
+
+class Sideline(Protocol):
+    """Who gets all that a tailer reads, beside the console.
+
+    Both methods are quick, and return what is to be done in a thread, if anything.
+    """
+
+    def feed(self, data: bytes, fd: int) -> Callable[[], None] | None:
+        """Take what was read from `fd`, the file's descriptor."""
+
+    def end(self, fd: int | None) -> Callable[[], None] | None:
+        """The file has ended; None for `fd` if what was in it is gone."""

@@ -8,22 +8,18 @@ inotify instance (the kernel grants a user only 128) and a constant number of th
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor
-from typing import Any, Protocol
 
 from asupervise.framing import Framed, LineFramer
-from asupervise.places import Place, is_memory, place_of
-from asupervise.sinks import Sink
+from asupervise.growing import GrowingFile, Place
+from asupervise.sinks import Sideline, Sink
 from asupervise.tracebacks import OpenTraceback, Stage, begun_in
 from asupervise.watches import Watches
 
 BLOCK_BYTES = 256 * 1024
-# What has only just been written is in memory still: so much of it is read without a thread.
-_AT_ONCE_BYTES = 16 * 1024
 # Some lines, which with their prefixes mostly are no more than a pipe takes as one (PIPE_BUF).
 _LINES_BYTES = 2 * 1024
 # One that is far behind goes on for so long before it lets another have the console.
@@ -39,19 +35,6 @@ _NEXT_TRACEBACK_S = 0.02
 _TRACEBACK_S = 1.0
 # A progress bar is shown again after this long at the earliest: each time is a line of its own.
 PROGRESS_S = 5.0
-
-
-class Sideline(Protocol):
-    """Who gets all that a tailer reads, beside the console.
-
-    Both methods are quick, and return what is to be done in a thread, if anything.
-    """
-
-    def feed(self, data: bytes, fd: int) -> Callable[[], None] | None:
-        """Take what was read from `fd`, the file's descriptor."""
-
-    def end(self, fd: int | None) -> Callable[[], None] | None:
-        """The file has ended; None for `fd` if what was in it is gone."""
 
 
 class Tailer:
@@ -83,15 +66,11 @@ class Tailer:
     # Thousands of workers have two each, most of them silent.
     __slots__ = (
         "_console",
-        "_end",
-        "_file",
         "_framer",
         "_idle_s",
+        "_log",
         "_on_replaced",
-        "_position",
         "_progress_since",
-        "_raw",
-        "_read_flags",
         "_ready",
         "_sideline",
         "_start",
@@ -100,7 +79,6 @@ class Tailer:
         "_threads",
         "_wake",
         "_watches",
-        "fd",
         "path",
     )
 
@@ -127,19 +105,22 @@ class Tailer:
         self._on_replaced: Callable[[Tailer], bool] | None = on_replaced
         self._sideline = sideline
         self._idle_s = IDLE_S / 5 if prompts else IDLE_S
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if fd is None else fd
-        # The same as a file object, and as one of aiofiles', once it has been read in a thread.
-        self._raw: io.FileIO | None = None
-        self._file: Any = None
-        self._read_flags: int | None = getattr(os, "RWF_NOWAIT", None)
-        self._position = 0
+        self._log = GrowingFile(path, threads, fd)
         # Read and framed, and not on the console yet.
         self._ready: Framed | None = None
-        # Where to stop reading, once `stop` has been called.
-        self._end: int | None = None
         self._started = self._stopping = False
         self._wake: asyncio.Future[bool] | None = None
         self._progress_since: float | None = None
+
+    @property
+    def fd(self) -> int:
+        """The open file; negative once it has been closed."""
+        return self._log.fd
+
+    @property
+    def position(self) -> int:
+        """How much has been read of it."""
+        return self._log.position
 
     # --- being woken ------------------------------------------------------------------------
 
@@ -170,13 +151,13 @@ class Tailer:
         """
         if self._sideline is not None or self._framer.unfinished or not self._console.takes_lines:
             return False
-        unread = self._unread()
+        unread = self._log.unread()
         if not 0 < unread <= _LINES_BYTES:
             return False
-        data = self._read_at_once(unread)
+        data = self._log.read_at_once(unread)
         if not data.endswith(b"\n") or begun_in(data) is not None:
             return False
-        self._position += len(data)
+        self._log.position += len(data)
         self._progress_since = None
         framed = self._framer.feed(data)
         if framed is not None and not self._console.write_lines(self, framed):
@@ -188,25 +169,19 @@ class Tailer:
         if self._stopping:
             return
         self._stopping = True
-        ours = os.fstat(self.fd)
-        self._end = ours.st_size
+        ours = self._log.end_here()
         if self._started:
             self.changed()
-        elif self._unread_of(ours):
+        elif self._log.unread(ours):
             self._run_soon()
         else:
             self.close()
 
     def close(self) -> None:
         """Let go of the file."""
-        if self.fd < 0:
-            return
-        self._watches.forget(self)
-        fd, self.fd = self.fd, -1
-        if self._raw is None:
-            os.close(fd)
-        else:
-            self._raw.close()
+        if self.fd >= 0:
+            self._watches.forget(self)
+            self._log.close()
 
     def _run_soon(self) -> None:
         self._started = True
@@ -219,23 +194,13 @@ class Tailer:
         ours = os.fstat(self.fd)
         if self._on_replaced is not None:
             self._look_for_successor(ours)
-        return not self._unread_of(ours) and self._ready is None
-
-    def _unread(self, fd: int | None = None) -> int:
-        """How much there is to read; negative if the file was truncated. Needs no disk."""
-        return self._unread_of(os.fstat(self.fd if fd is None else fd))
-
-    def _unread_of(self, ours: os.stat_result) -> int:
-        size = ours.st_size
-        if self._end is not None and size > self._end:
-            size = self._end
-        return size - self._position
+        return not self._log.unread(ours) and self._ready is None
 
     def _look_for_successor(self, ours: os.stat_result) -> None:
-        there = place_of(self.path, ours)
+        there = self._log.place(ours)
         if there is Place.EMPTY:
             self._watches.arm_folder(self)
-            there = place_of(self.path, ours)
+            there = self._log.place(ours)
         if there is Place.TAKEN and self._on_replaced is not None and self._on_replaced(self):
             self._on_replaced = None
 
@@ -259,18 +224,18 @@ class Tailer:
         if self._ready is not None:
             framed, self._ready = self._ready, None
             await self._show(framed)
-        while unread := self._unread():
+        while unread := self._log.unread():
             if unread < 0:
                 # Truncated. What was written before it does not go on after it.
                 await self._end_line(None)
-                self._position = 0
+                self._log.position = 0
                 continue
             if unread > BLOCK_BYTES and self._console.takes_streams:
                 await self._stream()
             else:
                 async with self._console.blocks:
                     await self._take(await self._read(unread))
-            if not self._unread():
+            if not self._log.unread():
                 return
             # A worker that writes little and often must not keep the loop to itself.
             await asyncio.sleep(0)
@@ -299,9 +264,9 @@ class Tailer:
             # Ours is closed if we are cancelled, and its number then given to another file.
             with open(os.dup(self.fd), "rb", buffering=0) as file:
                 fd = file.fileno()
-                while (unread := self._unread(fd)) > 0 and time.monotonic() < due:
-                    data = os.pread(fd, min(unread, BLOCK_BYTES), self._position)
-                    self._position += len(data)
+                while (unread := self._log.unread(fd=fd)) > 0 and time.monotonic() < due:
+                    data = os.pread(fd, min(unread, BLOCK_BYTES), self._log.position)
+                    self._log.position += len(data)
                     last[:] = [data]
                     if self._sideline is not None and (work := self._sideline.feed(data, fd)):
                         work()
@@ -312,37 +277,7 @@ class Tailer:
             failures.append(exc)
 
     async def _read(self, unread: int) -> bytes:
-        data = self._read_at_once(unread) if unread <= _AT_ONCE_BYTES else b""
-        if not data:
-            data = await self._read_in_thread(min(unread, BLOCK_BYTES))
-        self._position += len(data)
-        return data
-
-    async def _read_in_thread(self, size: int) -> bytes:
-        if self._raw is None:
-            # Imported here: who says little is read without.
-            from aiofiles.threadpool import wrap
-
-            self._raw = io.FileIO(self.fd)
-            self._file = wrap(self._raw, executor=self._threads)
-        self._raw.seek(self._position)
-        data: bytes = await self._file.read(size)
-        return data
-
-    def _read_at_once(self, unread: int) -> bytes:
-        """Read what can be had without waiting for a disk: a thread would cost 0.1 ms."""
-        if self._read_flags is None:
-            return b""
-        buffer = bytearray(unread)
-        try:
-            size = os.preadv(self.fd, (buffer,), self._position, self._read_flags)
-        except BlockingIOError:
-            return b""  # not in memory any more
-        except OSError:
-            # EOPNOTSUPP: this file system cannot tell. One that is nothing but memory need not.
-            self._read_flags = 0 if is_memory(os.fstat(self.fd).st_dev) else None
-            return b""
-        return bytes(buffer[:size])
+        return await self._log.read(min(unread, BLOCK_BYTES))
 
     async def _take(self, data: bytes) -> None:
         await self._feed_sideline(data)
@@ -405,7 +340,7 @@ class Tailer:
 
     async def _read_within(self, delay_s: float) -> bytes:
         """The next block; nothing if there is none in time, or no more at all."""
-        while (unread := self._unread()) <= 0:
+        while (unread := self._log.unread()) <= 0:
             if unread < 0 or self._stopping or not await self._woken_within(delay_s):
                 return b""
         return await self._read(unread)

@@ -30,12 +30,14 @@ class Watched(Protocol):
     """Who waits for changes of a file.
 
     Attributes:
-        fd: the open file.
         path: where it was opened.
     """
 
-    fd: int
     path: str
+
+    @property
+    def fd(self) -> int:
+        """The open file."""
 
     def changed(self, *, only_written: bool = False) -> bool:
         """Called in the event loop when it has; False if nobody waits for more just now.

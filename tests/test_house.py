@@ -165,11 +165,9 @@ ROOMS = {
         asynchronous=True,
     ),
     "sinks": room("framing", asynchronous=True),
-    "places": room(),
+    "growing": room(others="aiofiles"),
     "tracebacks": room(),
-    "tailing": room(
-        "framing places sinks tracebacks watches", others="aiofiles", asynchronous=True
-    ),
+    "tailing": room("framing growing sinks tracebacks watches", asynchronous=True),
     "formats": room("ranges"),
     "format_framers": room("formats framing whole_lines"),
     "dedup": room(),

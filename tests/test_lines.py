@@ -246,7 +246,7 @@ async def test_a_consumer_that_does_not_read_holds_nobody_up() -> None:
         reader: LineReader = lines.ag_frame.f_locals["self"]
         [tailer] = reader._outlets
         # One block is being used, one waits, and so many more are read at the most.
-        assert tailer._position <= 3 * tailing.BLOCK_BYTES
+        assert tailer.position <= 3 * tailing.BLOCK_BYTES
         number = 1
         async for line in lines:
             number += 1

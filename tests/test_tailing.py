@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from asupervise import places, tailing, watches
+from asupervise import growing, tailing, watches
 from asupervise.framing import Framed, LineFramer
 from asupervise.tailing import Tailer
 from asupervise.watches import InotifyWatches, PollWatches, Watches
@@ -273,7 +273,7 @@ async def test_a_file_on_a_file_system_that_cannot_say(
 
 async def test_a_file_in_memory() -> None:
     folder = Path("/dev/shm")
-    if not places.is_memory(folder.stat().st_dev):
+    if not growing.is_memory(folder.stat().st_dev):
         pytest.skip("/dev/shm is no tmpfs here")
     log = folder / f"asupervise-test-{os.getpid()}"
     log.touch()
@@ -592,7 +592,7 @@ async def test_a_traceback_is_not_cut_into(
             await files.console.until_shown(PREFIX + shown[: shown.index(line)].split(b"\n")[-2])
             append(other, b"x\n")
             # It has been read, and waits for its turn.
-            while not waiting._position:
+            while not waiting.position:
                 await asyncio.sleep(0)
             append(log, line)
         data = await files.finish()
@@ -614,7 +614,7 @@ async def test_those_that_go_together_are_not_parted(
         append(log, b"".join(TRACEBACK))
         await files.console.until_shown(b"ValueError: 3\n")
         append(other, b"x\n")
-        while not waiting._position:
+        while not waiting.position:
             await asyncio.sleep(0)
         for line in (*chain, *TRACEBACK, b"and on\n"):
             append(log, line)
@@ -693,7 +693,7 @@ async def test_a_slow_console_holds_few_blocks(tmp_path: Path) -> None:
         async with asyncio.timeout(CEILING_S):
             while not files.console.blocks.locked():
                 await asyncio.sleep(0)
-        assert sum(tailer._position > 0 for tailer in files.tailers) <= 4
+        assert sum(tailer.position > 0 for tailer in files.tailers) <= 4
         files.console.admit.set()
         assert await files.finish() == (PREFIX + line) * 20_000 * 16
 

@@ -15,7 +15,6 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, overload
-from weakref import WeakKeyDictionary
 
 from asupervise import files
 from asupervise.bus import EventBus, Subscription
@@ -37,7 +36,7 @@ from asupervise.spec import (
 from asupervise.telling import GroupTeller
 
 if TYPE_CHECKING:
-    from asupervise.lines import LineReader, LogLine
+    from asupervise.lines import LineFeed, LogLine
     from asupervise.stacks import Stack
 
 __all__ = ["OnRestart", "Services"]
@@ -94,8 +93,8 @@ class Services:
         self._cut_short: set[int] = set()
         self._culprit: tuple[int, ProcessFailure] | None = None
         self._warnings = deque(first.warnings, _MAX_WARNINGS)
-        # Whose lines each of them wants: ranks and streams.
-        self._readers: WeakKeyDictionary[LineReader, tuple[set[int], Std]] = WeakKeyDictionary()
+        # Made when somebody asks for the first time.
+        self._feed: LineFeed | None = None
         self._ending = asyncio.Event()
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._life: asyncio.Task[RunProcsResult] | None = None
@@ -201,12 +200,12 @@ class Services:
         Raises:
             ValueError, OSError: as `PContext.lines`.
         """
-        from asupervise.lines import LineReader, sources_of
+        from asupervise.lines import LineFeed
 
-        chosen = {s.local_rank for s in sources_of(self._attempts.first, ranks, streams)}
-        running = [w.plan for rank, w in sorted(self._workers.items()) if rank in chosen]
-        reader = LineReader(s for plan in running for s in sources_of(plan, None, streams))
-        self._readers[reader] = chosen, streams
+        if self._feed is None:
+            self._feed = LineFeed(self._attempts.first)
+        running = [worker.plan for _, worker in sorted(self._workers.items())]
+        reader = self._feed.reader(running, ranks, streams)
         return reader.lines(self._task)
 
     async def __aenter__(self) -> Services:
@@ -318,24 +317,15 @@ class Services:
         except BaseException:
             del self._workers[rank]
             raise
-        self._read_lines(worker)
-
-    def _read_lines(self, worker: LoneWorker) -> None:
-        if not self._readers:
-            return
-        from asupervise.lines import sources_of
-
-        for reader, (ranks, streams) in list(self._readers.items()):
-            if worker.local_rank in ranks:
-                for source in sources_of(worker.plan, None, streams):
-                    reader.add(source)
+        if self._feed is not None:
+            self._feed.started(worker.plan)
 
     async def _ended(self, rank: int) -> LoneWorker:
         worker = self._workers[rank]
         self._last[rank] = await worker.wait()
         del self._workers[rank]
-        for reader in list(self._readers):
-            reader.stop_worker(rank)
+        if self._feed is not None:
+            self._feed.ended(rank)
         self._warnings.extend(self._last[rank].warnings)
         return worker
 

@@ -143,8 +143,11 @@ class LineReader:
 
     def __del__(self) -> None:
         # Nobody has ever asked for a line.
-        for _, fd in self._opened:
-            os.close(fd)
+        self._close_opened()
+
+    def _close_opened(self) -> None:
+        while self._opened:
+            os.close(self._opened.pop()[1])
 
     def add(self, source: Source) -> None:
         """Read the lines of one more file. If it cannot be opened the lines end with that error."""
@@ -275,6 +278,7 @@ class LineReader:
 
     async def _close(self) -> None:
         self._closed = True
+        self._close_opened()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -265,9 +265,9 @@ async def test_lines_that_nobody_has_asked_for_yet_are_not_lost() -> None:
 
 async def test_several_consumers_each_get_all() -> None:
     async with start(None, "seq 20000", "seq 20000", logs_specs=ALL) as ctx:
-        slow = ctx.lines()
+        slow, all_lines, of_one = ctx.lines(), ctx.lines(), ctx.lines([1])
         assert (await anext(slow)).text == "1"
-        quick, one = await asyncio.gather(texts(ctx.lines()), texts(ctx.lines([1])))
+        quick, one = await asyncio.gather(texts(all_lines), texts(of_one))
         assert len(quick) == 40_000
         assert one == [str(number) for number in range(1, 20_001)]
         assert len(await texts(slow)) == 39_999
@@ -350,12 +350,15 @@ async def test_an_iterator_that_was_never_used_leaves_nothing(channel: Channel) 
         assert new_files(before) == {}
 
 
-async def test_a_cancelled_consumer_leaves_nothing(channel: Channel) -> None:
-    async with start(channel, SLEEP, logs_specs=ALL) as ctx:
-        await channel.pids(1)
+@pytest.mark.parametrize("turns", [1, 2, 3, 5, 100])
+async def test_a_cancelled_consumer_leaves_nothing(channel: Channel, turns: int) -> None:
+    """However far it has come: while files are opened, watched, read."""
+    async with start(channel, *["echo a; " + SLEEP] * 20, logs_specs=ALL) as ctx:
+        await channel.pids(20)
         before = open_files()
         task = asyncio.ensure_future(texts(ctx.lines()))
-        await settle()
+        for _ in range(turns):
+            await asyncio.sleep(0)
         assert new_files(before)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

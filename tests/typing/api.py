@@ -10,8 +10,10 @@ import asupervise
 from asupervise import (
     AffinityMode,
     ChildFailedError,
+    ConsoleFormat,
     DefaultLogsSpecs,
     GroupPlan,
+    LogLine,
     LogsDest,
     LogsSpecs,
     NumaOptions,
@@ -42,6 +44,16 @@ async def awaited() -> int:
     result = await ctx.wait()
     assert_type(result, RunProcsResult)
     return judge(result)
+
+
+async def followed() -> str:
+    form = ConsoleFormat(color="never", timestamps=True, log_format="text", dedup=True)
+    async with start_processes("t", "./train", {0: ()}, {0: {}}, console=form) as ctx:
+        async for line in ctx.lines(ranks=[0], streams=Std.OUT):
+            assert_type(line, LogLine)
+            assert_type(line.time, float)
+            return f"{line.rank} {line.local_rank} {line.stream} {line.text} {line.continues}"
+    return ""
 
 
 async def entered() -> None:

@@ -273,10 +273,12 @@ async def test_cancelled_while_it_runs(channel: Channel, script: str) -> None:
 async def test_cancelled_while_it_ends(channel: Channel) -> None:
     """A rank has failed, another one takes its time: the cancellation does not make it escape."""
     program = (
-        f"[ $RANK = 1 ] && {{ {READY} exit 3; }}; trap 'echo ending > $CHANNEL' TERM; {READY}"
-        "while :; do sleep 0.01; done"
+        f"[ $RANK = 1 ] && {{ {READY} read line < $CHANNEL.gate; exit 3; }}; "
+        f"trap 'echo ending > $CHANNEL' TERM; {READY} while :; do sleep 0.01; done"
     )
     job = asyncio.create_task(launch(config(2, shutdown_timeout=0.3), SH, program))
+    await channel.lines(2)  # only now has the other one its trap
+    await channel.open_gate()
     while (await channel.lines(1))[0][0] != "ending":
         pass
     await cancelled(job)

@@ -52,7 +52,7 @@ def hint_of(
     message: str = "",
     stderr_tail: str = "",
     stderr_in_file: bool = True,
-    python: str = "",
+    python: str | None = None,
     stacks: str = "",
     look: str = "",
 ) -> str:
@@ -65,7 +65,8 @@ def hint_of(
         message: the recorded exception.
         stderr_tail: the last lines of its standard error.
         stderr_in_file: whether its standard error went into a file.
-        python: the interpreter that ran it, where that is known.
+        python: the interpreter that ran it; "" for a program that is none of Python's, None where
+            nobody knows.
         stacks: the file in which all frames of it stand.
         look: the command that shows what it has written, for where nothing else is known.
 
@@ -91,7 +92,7 @@ def hint_of(
         )
     if found := _known(f"{message[-4096:]}\n{stderr_tail[-4096:]}"):
         return found.replace(_SOME_PYTHON, f"{python}, which runs" if python else _SOME_PYTHON)
-    hint = _of_exit(exitcode, signal, message, stderr_tail, stderr_in_file)
+    hint = _of_exit(exitcode, signal, message, stderr_tail, stderr_in_file, python != "")
     return hint or (f"See what it has written: {look}" if look else "")
 
 
@@ -105,7 +106,12 @@ def _known(text: str) -> str:
 
 
 def _of_exit(
-    exitcode: int | None, signal: str, message: str, stderr_tail: str, stderr_in_file: bool
+    exitcode: int | None,
+    signal: str,
+    message: str,
+    stderr_tail: str,
+    stderr_in_file: bool,
+    records: bool,
 ) -> str:
     if signal in _CRASHES:
         return (
@@ -116,9 +122,8 @@ def _of_exit(
         return "A program was not found, or may not be executed: look at PATH and at its mode."
     if message.startswith(_NO_RECORD) and not stderr_tail:
         if not stderr_in_file:
-            return (
-                "What it said went to the console. --tee 3 keeps it here as well, and @record on "
-                "its main function keeps the exception."
-            )
-        return "@record on its main function keeps the exception, with its traceback."
+            also = ", and @record on its main function keeps the exception" if records else ""
+            return f"What it said went to the console. --tee 3 keeps it here as well{also}."
+        if records:
+            return "@record on its main function keeps the exception, with its traceback."
     return ""

@@ -208,6 +208,7 @@ def test_durations(seconds: float, text: str) -> None:
         ({"message": "OSError: [Errno 98] Address already in use"}, "A port is taken"),
         ({"message": "No traceback was recorded. Decorate"}, "@record on its main function"),
         ({"message": "No traceback was recorded.", "stderr_in_file": False}, "What it said went"),
+        ({"message": "No traceback was recorded.", "python": "", "look": "v"}, "See what it has"),
         ({"message": "ValueError: no such batch"}, ""),
         ({}, ""),
         (

@@ -131,6 +131,22 @@ ROOMS = {
     "views.resources": room("views.lives views.markup views.story views.timeline views.words"),
     "views.ranks": room("views.lives views.markup views.plain views.story views.words"),
     "views.excerpts": room("views.files views.markup views.plain views.words"),
+    "views.stamps": room(),
+    "views.loglines": room("views.files views.plain views.stamps"),
+    "views.printing": room("views.files views.live.text views.loglines views.plain views.words"),
+    "views.following": room(
+        "events views.files views.lives views.loglines views.plain views.rundir"
+        " views.story watches",
+        asynchronous=True,
+    ),
+    "views.show": room(
+        "hints views.happenings views.lives views.plain views.story views.summary views.words"
+    ),
+    "view": room(
+        "errors views.files views.following views.loglines views.printing views.report"
+        " views.rundir views.show views.story",
+        asynchronous=True,
+    ),
     "views.report": room(
         "views.excerpts views.files views.happenings views.lives views.markup"
         " views.plain views.ranks views.resources views.rundir views.story views.summary"
@@ -369,9 +385,12 @@ HEAVY = {"anyio", "aiofiles", "argparse", "asyncio", "asyncinotify", "psutil", "
 # Decisions only: they take what was read, and return what is to be done.
 PURE = (
     "errors", "framing", "whole_lines", "tracebacks", "formats", "format_framers", "dedup",
-    "ranges", "report", "affinity", "placement", "binding",
+    "ranges", "report", "affinity", "placement", "binding", "hints",
+    "views.plain", "views.markup", "views.lives", "views.story", "views.words",
+    "views.happenings", "views.summary", "views.timeline", "views.resources", "views.ranks",
+    "views.stamps", "views.printing", "views.show",
 )  # fmt: skip
-COMMAND_LINE = ("flags", "options", "job", "dryrun", "cli", "__main__")
+COMMAND_LINE = ("flags", "options", "job", "dryrun", "cli", "__main__", "view")
 # What an application must ask for by name, and what is a process of its own.
 ASKED_FOR = ("signals", "subreaper", "functions.zygote_main")
 

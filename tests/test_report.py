@@ -123,7 +123,7 @@ def test_a_run_that_goes_on_and_one_that_was_cut_off(
 ) -> None:
     folder = write(tmp_path, [group(1), started(0, 0)])
     assert "No end known" in text_of(page_of(folder))
-    monkeypatch.setattr("asupervise.views.rundir._is_alive", lambda started: True)
+    monkeypatch.setattr("asupervise.views.rundir.is_alive", lambda started: True)
     assert "when this page was made" in text_of(page_of(folder))
 
 

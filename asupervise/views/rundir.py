@@ -21,7 +21,16 @@ from asupervise.views.files import STREAMS, read_ends
 from asupervise.views.lives import Failure, Life
 from asupervise.views.story import Run, told_run
 
-__all__ = ["EVENTS_FILE", "RunFolderError", "find_run", "is_run", "read_run"]
+__all__ = [
+    "EVENTS_FILE",
+    "RunFolderError",
+    "find_run",
+    "folders_of",
+    "is_alive",
+    "is_run",
+    "read_run",
+    "with_folders",
+]
 
 EVENTS_FILE: Final = "events.jsonl"
 FORMAT: Final = 1
@@ -138,8 +147,8 @@ def read_run(run_dir: str) -> Run:
     notes: list[str] = []
     told, version = _read_events(run_dir, notes)
     now = time.time()
-    run = told_run(told, is_alive=_is_alive, now=now)
-    lives = _with_folders(run, run_dir)
+    run = told_run(told, is_alive=is_alive, now=now)
+    lives = with_folders(run, run_dir)
     if len(lives) > _MAX_LIVES:
         notes.append(f"{len(lives):,} starts of workers: the last {_MAX_LIVES:,} are shown")
         lives = lives[-_MAX_LIVES:]
@@ -250,7 +259,7 @@ def _numbers(kind: type[ev.Event]) -> tuple[str, ...]:
     return _known_numbers[kind]
 
 
-def _is_alive(started: ev.WorkerStarted) -> bool:
+def is_alive(started: ev.WorkerStarted) -> bool:
     """Whether that very process runs, here and now."""
     if started.node != os.uname().nodename or (entry := procfs.read_entry(started.pid)) is None:
         return False
@@ -272,7 +281,13 @@ def _mib(size: int) -> str:
 # --- what the folders tell beside ---------------------------------------------------------------
 
 
-def _with_folders(run: Run, run_dir: str) -> list[Life]:
+def folders_of(run_dir: str) -> list[str]:
+    """The folders of attempts, and of the workers in them."""
+    attempts = [folder for _, folder in _attempts(run_dir)]
+    return [*attempts, *(inner for folder in attempts for _, inner in _numbered(folder, ""))]
+
+
+def with_folders(run: Run, run_dir: str) -> list[Life]:
     """The workers' starts, those included of which only a folder tells; with their files."""
     known = {(life.attempt, life.local_rank): life for life in run.lives}
     for attempt, folder in _attempts(run_dir):

@@ -42,6 +42,7 @@ UNSHOWN: Final = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
+_UNSHOWN_RUN: Final = re.compile(f"{UNSHOWN.pattern}+")
 
 
 def decoded(data: bytes) -> str:
@@ -56,11 +57,21 @@ def shown(text: str) -> str:
         >>> shown("a\0b\u202ec")
         'a\u2400b\\u202ec'
     """
-    return UNSHOWN.sub(_sign, text)
+    return _UNSHOWN_RUN.sub(_signs, text)
 
 
-def _sign(found: re.Match[str]) -> str:
-    code = ord(found[0])
+def _signs(found: re.Match[str]) -> str:
+    # Where there is one there are mostly many: sparse files are full of zeros.
+    text = found[0]
+    one = _sign(ord(text[0]))
+    return (
+        one * len(text)
+        if text.count(text[0]) == len(text)
+        else "".join(_sign(ord(character)) for character in text)
+    )
+
+
+def _sign(code: int) -> str:
     if code < 0x20:
         return chr(0x2400 + code)  # Unicode's control pictures
     if code == 0x7F:

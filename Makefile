@@ -11,8 +11,8 @@ MKDOCS = NO_MKDOCS_2_WARNING=1 TZ=UTC SOURCE_DATE_EPOCH=$$(git log -1 --format=%
 DEMO_ARGS := --nproc-per-node 4 --tee 3 examples/word_count.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-torch test-cluster chaos chaos-nodes bench docs docs-serve lint format \
-	system-packages cluster-packages clean
+.PHONY: help demo test test-pages test-torch test-cluster chaos chaos-nodes bench docs docs-serve lint format \
+	system-packages page-packages cluster-packages clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed  ## install into .venv, then run four ranks with teed l
 
 test: $(VENV)/.installed-test system-packages lint  ## lint, types and all tests that need no torch
 	$(PY) -m pytest -n 2 --dist loadfile
+
+test-pages: $(VENV)/.installed-test page-packages  ## pages in Chromium, the live view in tmux, all snippets of the documentation
+	$(PY) -m pytest -n 2 --dist loadfile -m pages
 
 test-torch: $(VENV)/.installed-torch  ## install torch, then run the tests that need it
 	$(PY) -m pytest -m torch tests/torch
@@ -75,6 +78,8 @@ endef
 # looked at in Chromium, the live view in tmux. The tests run them all for real.
 system-packages:
 	$(call have,numactl numactl taskset util-linux etcd etcd-server openssl openssl)
+
+page-packages: system-packages
 	$(call have,chromium chromium tmux tmux)
 
 cluster-packages: system-packages

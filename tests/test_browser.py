@@ -9,6 +9,8 @@ import pytest
 
 from tests.browser import PHONE, OpenPage, take_pictures
 
+pytestmark = pytest.mark.pages
+
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 

@@ -18,6 +18,8 @@ from tests.conftest import ROOT, clean_environment
 from tests.run_folders import a_failure, write
 from tests.test_report import many
 
+pytestmark = pytest.mark.pages
+
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, LocatorAssertions, Page, Request
 

@@ -22,6 +22,8 @@ from asupervise.options import parse_options
 from tests.conftest import clean_environment
 from tests.snippets import ROOT, Page, Snippet, commands_of, snippets_of
 
+pytestmark = pytest.mark.pages
+
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (

@@ -6,9 +6,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tests.browser import OpenPage, take_pictures
 from tests.conftest import wait_gone
 from tests.job_service.server import Gate, Server, held
+
+pytestmark = pytest.mark.pages
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

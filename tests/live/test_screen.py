@@ -35,7 +35,7 @@ exit 1
 """
 RULE = re.compile("^── ", re.MULTILINE)
 
-pytestmark = pytest.mark.usefixtures("_camera")
+pytestmark = [pytest.mark.pages, pytest.mark.usefixtures("_camera")]
 
 Start = Callable[..., Screen]
 

@@ -282,6 +282,13 @@ class PContext:
         state = "ended" if self._task.done() else f"{self.nprocs - self._exited} running"
         return f"<PContext {self.name!r}: {self.nprocs} workers, {state}>"
 
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        from asupervise.views.notebook import group_html
+
+        running = [rank for rank, handler in self._handlers.items() if handler.running]
+        return group_html(self.name, self.nprocs, self.pids(), running, self.log_dir)
+
     # --- the group's own task ---------------------------------------------------------------
 
     @property

@@ -143,6 +143,12 @@ class ProcessFailure:
             **details,
         )
 
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        from asupervise.views.notebook import failure_html
+
+        return failure_html(self)
+
     @property
     def error_file_data(self) -> dict[str, Any]:
         """The contents of the error file, or what torch has in their place where there is none."""

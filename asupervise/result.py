@@ -52,6 +52,14 @@ class RunProcsResult:
 
         return root_cause(self.failures)
 
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        from asupervise.views.notebook import result_html
+
+        cause = self.root_cause
+        culprit = cause[0] if cause else None
+        return result_html(self.return_values, self.failures, culprit, self.log_dir, self.warnings)
+
     def raise_for_failure(
         self, name: str, *, global_ranks: Mapping[int, int] | None = None
     ) -> None:
@@ -113,6 +121,12 @@ class ChildFailedError(SupervisorError):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, ranks={sorted(self.failures)})"
+
+    def _repr_html_(self) -> str:
+        from asupervise.views.notebook import error_html
+
+        rank, failure = self.get_first_failure()
+        return error_html(self.name, self.failures, None if failure.ended_by_us else rank)
 
     def get_first_failure(self) -> tuple[int, ProcessFailure]:
         """The root cause: global rank and failure.

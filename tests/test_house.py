@@ -54,11 +54,11 @@ ROOMS = {
     "procfs": room(),
     "newcomers": room("procfs"),
     "cgroups": room("procfs"),
-    "failures": room("error_files"),
+    "failures": room("error_files", lazily="views.notebook"),
     "hints": room(),
     "ranges": room(),
     "report": room("error_files failures hints ranges"),
-    "result": room("errors", lazily="failures report"),
+    "result": room("errors", lazily="failures report views.notebook"),
     "events": room(),
     "bus": room(lazily="events", asynchronous=True),
     "telling": room(
@@ -147,6 +147,7 @@ ROOMS = {
         " views.rundir views.show views.story",
         asynchronous=True,
     ),
+    "views.notebook": room("views.lives views.markup views.plain views.summary views.words"),
     "views.report": room(
         "views.excerpts views.files views.happenings views.lives views.markup"
         " views.plain views.ranks views.resources views.rundir views.story views.summary"
@@ -234,7 +235,7 @@ ROOMS = {
         "_compat bus cgroups cleanup collect diagnosis errors files guardian"
         " handler logs plan procfs recording result shielding spec subreaper telling"
         " work",
-        lazily="formats lines pulses stacks streaming",
+        lazily="formats lines pulses stacks streaming views.notebook",
         asynchronous=True,
     ),
     "procs": room(
@@ -388,7 +389,7 @@ PURE = (
     "ranges", "report", "affinity", "placement", "binding", "hints",
     "views.plain", "views.markup", "views.lives", "views.story", "views.words",
     "views.happenings", "views.summary", "views.timeline", "views.resources", "views.ranks",
-    "views.stamps", "views.printing", "views.show",
+    "views.stamps", "views.printing", "views.show", "views.notebook",
 )  # fmt: skip
 COMMAND_LINE = ("flags", "options", "job", "dryrun", "cli", "__main__", "view")
 # What an application must ask for by name, and what is a process of its own.

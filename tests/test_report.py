@@ -386,6 +386,14 @@ async def test_launch_leaves_one_of_all_attempts(tmp_path: Path) -> None:
     assert "Earlier failures" in text
 
 
+async def test_launch_leaves_none_where_nobody_wants_one(tmp_path: Path) -> None:
+    specs = DefaultLogsSpecs(str(tmp_path), redirects=Std.ALL)
+    await launch(LaunchConfig(1, 1, 1, specs, max_restarts=0, report=False), "true")
+    await launch(LaunchConfig(1, 1, 1, specs, max_restarts=0), "true")
+    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob(f"*/{REPORT_FILE}"))) == 1
+
+
 def test_the_command_line_says_where_it_is(run_cli: Run, tmp_path: Path) -> None:
     flags = ("--no-python", "--log-dir", tmp_path)
     done = run_cli(*flags, "sh", "-c", "exit 3")

@@ -76,6 +76,7 @@ class LaunchConfig:
         restart: what is started anew: ``"group"``, all workers of the job, or ``"worker"``, the
             one that has ended, for services that are no ranked job.
         restart_within: seconds.
+        report: whether the run's folder gets ``events.jsonl`` and ``report.html``, if it stays.
         console: as in `start_processes`.
 
     Raises:
@@ -118,6 +119,7 @@ class LaunchConfig:
     restart_backoff_max: float = field(default=_USUAL.backoff_max_s, kw_only=True)
     restart: str = field(default="group", kw_only=True)
     restart_within: float = field(default=60.0, kw_only=True)
+    report: bool = field(default=True, kw_only=True)
     console: ConsoleFormat | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

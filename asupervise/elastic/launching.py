@@ -88,10 +88,11 @@ async def launch(
         ),
         virtual_local_rank=config.virtual_local_rank,
     )
+    told: dict[str, Any] = {"events": events, "report": config.report}
     if config.restart == "worker":
-        outcome = await serve(blueprint, request, within_s=config.restart_within, events=events)
+        outcome = await serve(blueprint, request, within_s=config.restart_within, **told)
     else:
-        outcome = await run(blueprint, config.rdzv_backend, request, events=events)
+        outcome = await run(blueprint, config.rdzv_backend, request, **told)
     return _values(outcome, _title(entrypoint))
 
 

@@ -93,6 +93,9 @@ def test_each_file_is_used(snippet: Snippet) -> None:
 
 def commands(snippet: Snippet) -> Iterator[list[str]]:
     """The words after each ``python -m asupervise`` in a block."""
+    if snippet.language == "yaml":
+        for document in yaml.safe_load_all(snippet.text):
+            yield from commands_of_containers(document)
     if snippet.is_console:
         text = "\n".join(command for command, _ in commands_of(snippet.text))
     else:
@@ -101,6 +104,18 @@ def commands(snippet: Snippet) -> Iterator[list[str]]:
         before, found, after = line.partition("python -m asupervise ")
         if found and not before.lstrip().startswith("#"):
             yield list(words_of(re.sub(r"\$\{?[A-Z_]+\}?", "1", after)))
+
+
+def commands_of_containers(node: object) -> Iterator[list[str]]:
+    """The arguments of each container of a manifest that runs us."""
+    if isinstance(node, dict):
+        if node.get("command") == ["python", "-m", "asupervise"]:
+            yield node["args"]
+        for value in node.values():
+            yield from commands_of_containers(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from commands_of_containers(value)
 
 
 def words_of(line: str) -> Iterator[str]:

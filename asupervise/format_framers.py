@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from json.encoder import encode_basestring_ascii
 from typing import Any, Final
 
 from asupervise.formats import Speaker, stamp
@@ -57,8 +58,17 @@ def json_fields(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields)[1:-1]
 
 
-# What JSON takes as it is between quotes; and the ends of lines.
-_PLAIN: Final = bytes(range(0x20, 0x7F)).translate(None, b'"\\') + b"\n"
+# What JSON does not take as it is between quotes; the newline ends a line.
+_ESCAPED: Final = (*map(chr, (*range(10), *range(11, 32))), '"', "\\")
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether JSON takes all of it as it is, but for the ends of lines."""
+    if not data.isascii():
+        return False
+    # In text each of them is found, or not, twice as fast as in bytes.
+    text = data.decode()
+    return not any(character in text for character in _ESCAPED)
 
 
 class JsonFramer(WholeLineFramer):
@@ -80,9 +90,9 @@ class JsonFramer(WholeLineFramer):
     def feed(self, data: bytes) -> Framed | None:
         first, end = data.find(b"\n") + 1, data.rfind(b"\n") + 1
         whole = data[first:end]
-        if not whole or whole.translate(None, _PLAIN):
+        if not whole or not _is_plain(whole):
             return self._objects(super().feed(data))
-        # Lines in which nothing is to be escaped, all at once: ten times as fast.
+        # Lines in which nothing is to be escaped, all at once.
         begun = self._objects(super().feed(data[:first]))
         assert begun is not None, "a line has come to its end"
         head, tail = json_line(self.read_at, self._fields, "\n").rsplit(rb"\n", 1)
@@ -98,8 +108,15 @@ class JsonFramer(WholeLineFramer):
     def _objects(self, framed: Framed | None) -> Framed | None:
         if framed is None:
             return None
-        lines = b"".join(
-            json_line(self.read_at, self._fields, text, continues=continues)
-            for text, continues in self.texts(framed)
-        )
+        texts = self.texts(framed)
+        # Only of the last line may more follow.
+        last, continues = texts.pop() if texts[-1:] and texts[-1][1] else ("", False)
+        lines = b""
+        if texts:
+            head, tail = json_line(self.read_at, self._fields, "").rsplit(b'""', 1)
+            between = (tail + head).decode()
+            escaped = between.join(encode_basestring_ascii(text) for text, _ in texts)
+            lines = head + escaped.encode() + tail
+        if continues:
+            lines += json_line(self.read_at, self._fields, last, continues=True)
         return Framed(lines, lines, (), unfinished=False)

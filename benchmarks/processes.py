@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import secrets
 import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,14 +220,21 @@ class Resident:
             the sample. It may be a coroutine function.
         stdout: its standard output.
         python: its interpreter.
+        env: variables beside ours.
     """
 
     def __init__(
-        self, function: str, *, stdout: int = subprocess.DEVNULL, python: str = sys.executable
+        self,
+        function: str,
+        *,
+        stdout: int = subprocess.DEVNULL,
+        python: str = sys.executable,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self._function = function
         self._stdout = stdout
         self._python = python
+        self._env = env
         self._marked = Marked()
         self._process: subprocess.Popen[bytes] | None = None
         self._replies = -1
@@ -235,7 +244,7 @@ class Resident:
             self._replies, reply_fd = os.pipe()
             self._process = subprocess.Popen(
                 [self._python, "-m", "benchmarks.resident", self._function, str(reply_fd)],
-                env=self._marked.environ(),
+                env=self._marked.environ(self._env),
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=self._stdout,
@@ -297,6 +306,28 @@ class Resident:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def drained_terminal() -> Iterator[int]:
+    """A terminal of 80 by 24 that ``cat`` empties; on leaving, cat has ended."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    drain = subprocess.Popen(
+        ["cat"],
+        stdin=ours,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # where all have closed a terminal, reading is an error
+        start_new_session=True,
+    )
+    os.close(ours)
+    try:
+        yield theirs
+    finally:
+        os.close(theirs)
+        if not wait_readable(os.pidfd_open(drain.pid), _GRACE_S, close=True):
+            drain.kill()
+        drain.wait()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import (
+    consumers,
     death,
     delay,
     filters,
@@ -40,7 +41,7 @@ from benchmarks.topics import Setup, Topic
 TOPICS: dict[str, Topic] = {
     module.TOPIC.name: module.TOPIC
     for module in (
-        *(imports, launch_cli, launch_api, death, tee, delay, filters, idle, scale),
+        *(imports, launch_cli, launch_api, death, tee, consumers, delay, filters, idle, scale),
         *(function_workers, rounds, growth),
     )
 }

@@ -44,6 +44,34 @@ def test_colours_stay_and_end_with_their_line() -> None:
     assert harmless("\x1b[" + "1" * 100 + "mlong", colours=True) == "long"
 
 
+PREFIX = "\x1b[36m[w0]:\x1b[0m"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "hello",
+        "",
+        "\t",
+        "ü",
+        "\x1b[31mred",
+        "red\x1b[0m",
+        "\x1b[2J",
+        "\r",
+        PREFIX,
+        f"{PREFIX}\x1b[31m",
+    ],
+)
+def test_a_prefix_in_a_colour_does_not_hide_what_stands_beside_it(said: str) -> None:
+    """Many lines at once are as one by one, but for an end of colours that nothing needs."""
+    lines = [f"{PREFIX}{text}\n" for text in ("a", said, "b")]
+    at_once = harmless("".join(lines), colours=True)
+    one_by_one = [harmless(line, colours=True) for line in lines]
+    for line, alone in zip(at_once.splitlines(), one_by_one, strict=True):
+        assert line.removesuffix("\x1b[0m") == alone.removesuffix("\n").removesuffix("\x1b[0m")
+        assert line.rindex("\x1b") == line.rindex("\x1b[0m")
+
+
 def test_a_cell_has_one_line_without_colours() -> None:
     assert in_a_cell("a\tb\nc \x1b[31md\x1b[0m\x00") == "a b c d␀"
 
@@ -55,7 +83,7 @@ def test_nothing_acts(text: str, colours: bool) -> None:
     assert not acting
     # What begins as a colour ends on its own line.
     for line in harmless(text, colours=colours).split("\n"):
-        assert "\x1b" not in line or line.endswith("\x1b[0m")
+        assert "\x1b" not in line or line.rindex("\x1b") == line.rindex("\x1b[0m")
 
 
 @given(st.text())

@@ -223,7 +223,6 @@ class LiveView:
         text = self._waiting.take_all()
         data = self._painted(text, size)
         lines = await self._in_thread(data, look=lays_out)
-        self._waiting.taken()
         # Who has written something has another last line, most likely.
         if self._board.lines_seen(lines, time.monotonic_ns()) or text:
             self._changed = True
@@ -234,7 +233,6 @@ class LiveView:
         self._lay_out(size)
         text = self._painted(self._waiting.take_all(), size)
         await self._in_thread(f"{text}{SHOW_CURSOR}\r\n", look=False)
-        self._waiting.taken()
 
     def _lay_out(self, size: Size) -> None:
         self._changed = False
@@ -315,11 +313,9 @@ class _Waiting:
     def take_all(self) -> str:
         with self._turn:
             parts, self._parts, self.chars, self.touched = self._parts, [], 0, False
-        return "".join(parts)
-
-    def taken(self) -> None:
-        """What was taken has been shown."""
+        # The next ones may come while these are being shown.
         self._taken.set()
+        return "".join(parts)
 
     async def wait_taken(self) -> None:
         while self.chars > _WAITING_CHARS and self._broken is None:

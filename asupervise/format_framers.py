@@ -45,7 +45,13 @@ def json_line(seconds: float, fields: str, text: str, *, continues: bool = False
         continues: whether more of the line follows in the next object.
     """
     more = ', "continues": true' if continues else ""
-    return f'{{"time": {seconds:.3f}, {fields}, "text": {json.dumps(text)}{more}}}\n'.encode()
+    quoted = _without_del(json.dumps(text))
+    return f'{{"time": {seconds:.3f}, {fields}, "text": {quoted}{more}}}\n'.encode()
+
+
+def _without_del(quoted: str) -> str:
+    # The one control character that JSON takes as it is.
+    return quoted.replace("\x7f", r"\u007f") if "\x7f" in quoted else quoted
 
 
 def json_fields(fields: Mapping[str, Any]) -> str:
@@ -58,8 +64,8 @@ def json_fields(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields)[1:-1]
 
 
-# What JSON does not take as it is between quotes; the newline ends a line.
-_ESCAPED: Final = (*map(chr, (*range(10), *range(11, 32))), '"', "\\")
+# What JSON does not take as it is between quotes, and DEL; the newline ends a line.
+_ESCAPED: Final = (*map(chr, (*range(10), *range(11, 32))), '"', "\\", "\x7f")
 
 
 def _is_plain(data: bytes) -> bool:
@@ -115,8 +121,8 @@ class JsonFramer(WholeLineFramer):
         if texts:
             head, tail = json_line(self.read_at, self._fields, "").rsplit(b'""', 1)
             between = (tail + head).decode()
-            escaped = between.join(encode_basestring_ascii(text) for text, _ in texts)
-            lines = head + escaped.encode() + tail
+            quoted = between.join(encode_basestring_ascii(text) for text, _ in texts)
+            lines = head + _without_del(quoted).encode() + tail
         if continues:
             lines += json_line(self.read_at, self._fields, last, continues=True)
         return Framed(lines, lines, (), unfinished=False)

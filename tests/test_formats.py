@@ -147,7 +147,7 @@ def test_the_time_is_that_of_the_reading_of_a_lines_end() -> None:
 
 
 BYTES = st.lists(
-    st.sampled_from([b"a", b"\n", b"\xff", b'"', b"\\", b"\x1b[31m", b"\0", b"\xc3\xa9"])
+    st.sampled_from([b"a", b"\n", b"\xff", b'"', b"\\", b"\x1b[31m", b"\0", b"\xc3\xa9", b"\x7f"])
 )
 
 

@@ -124,7 +124,28 @@ def test_a_run_that_goes_on_and_one_that_was_cut_off(
     folder = write(tmp_path, [group(1), started(0, 0)])
     assert "No end known" in text_of(page_of(folder))
     monkeypatch.setattr("asupervise.views.rundir.is_alive", lambda started: True)
-    assert "when this page was made" in text_of(page_of(folder))
+    text = text_of(page_of(folder))
+    assert "It was still running at" in text
+    assert "has run for" in text
+    assert "\nrunning\n" in text
+
+
+def test_a_run_that_was_told_to_end(run_cli: Run, tmp_path: Path) -> None:
+    script = 'kill -TERM "$PPID"; exec sleep 100'
+    run_cli("--no-python", "--log-dir", tmp_path, "--no-guardian", "sh", "-c", script)
+    (folder,) = tmp_path.iterdir()
+    text = text_of(page_of(folder))
+    assert "This node was told to leave the run. No rank failed by itself: those" in text
+
+
+def test_a_culprit_of_another_node(tmp_path: Path) -> None:
+    told = [
+        group(1), started(0, 0), exited(1, 0, -15), failed(1, 0, -15, ended_by_us=True),
+        group_ended(1, 5),
+        event("run_ended", 1, succeeded=False, why="rank 5 failed", exit_status=3, root_cause=5),
+    ]  # fmt: skip
+    text = text_of(page_of(write(tmp_path, told)))
+    assert "\nRank 5, on another node, failed first.\n" in text
 
 
 def test_three_attempts(tmp_path: Path) -> None:

@@ -70,10 +70,12 @@ class RunTeller:
             result: of this node's last group.
         """
         succeeded = round is not None and round.succeeded
+        over = round is not None and round.state == "over"
         self.bus.tell(
             "RunEnded", **self._ids,
             succeeded=succeeded,
-            why=round.why if round is not None else "this node was told to leave the run",
+            # What an unfinished round says is why it began.
+            why=round.why if round is not None and over else "this node was told to leave the run",
             exit_status=0 if succeeded else _status(culprit, result),
             root_cause=culprit.rank if culprit is not None else None,
         )  # fmt: skip

@@ -68,6 +68,7 @@ class Life(NamedTuple):
         samples: in the order of time.
         progress: what it said last: done, and of how much.
         stack: where it was when that was asked last, in a line.
+        alive: whether it is known to run.
     """
 
     attempt: int
@@ -89,10 +90,11 @@ class Life(NamedTuple):
     samples: tuple[Sample, ...] = ()
     progress: tuple[float, float | None] | None = None
     stack: str = ""
+    alive: bool = False
 
     @property
     def outcome(self) -> Literal["succeeded", "failed", "ended", "open"]:
-        """How it ended; "ended": by us; "open": it has not, or nobody knows."""
+        """How it ended; "ended": by us; "open": it runs, or nobody knows."""
         if self.failure is not None:
             return "ended" if self.failure.ended_by_us else "failed"
         if self.exitcode is None:

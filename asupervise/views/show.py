@@ -10,7 +10,7 @@ from asupervise.views.happenings import happenings
 from asupervise.views.lives import Life
 from asupervise.views.plain import cut_middle, one_line, ranks_text, without_sequences
 from asupervise.views.story import Run
-from asupervise.views.summary import STATES, headline, verdict
+from asupervise.views.summary import STATES, headline, took, verdict
 from asupervise.views.words import duration, how_ended, moment, offset, size
 
 __all__ = ["shown_run"]
@@ -49,7 +49,7 @@ def _facts(run: Run) -> Iterator[str]:
     if run.began_at:
         yield f"began {moment(run.began_at)}"
     if run.duration_s is not None:
-        yield f"took {duration(run.duration_s)}"
+        yield f"{took(run)} {duration(run.duration_s)}"
     yield f"{run.nprocs:,} worker{'s' if run.nprocs != 1 else ''}"
     if run.node:
         yield f"on {one_line(run.node)}"

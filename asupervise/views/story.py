@@ -144,7 +144,7 @@ def _ended(
     run: Run, told: Sequence[ev.Event], is_alive: Callable[[ev.WorkerStarted], bool], now: float
 ) -> Run:
     if (end := _end(told)) is None:
-        return run._replace(state="running" if _goes_on(told, is_alive, now) else "unknown")
+        return _going_on(run, told, is_alive, now)
     run = run._replace(state="succeeded" if end.succeeded else "failed", root_cause=end.root_cause)
     if isinstance(end, ev.RunEnded):
         run = run._replace(why=end.why, exit_status=end.exit_status)
@@ -167,18 +167,22 @@ def _end(told: Sequence[ev.Event]) -> ev.RunEnded | ev.GroupEnded | None:
     return last if isinstance(last, ev.GroupEnded) else None
 
 
-def _goes_on(
-    told: Sequence[ev.Event], is_alive: Callable[[ev.WorkerStarted], bool], now: float
-) -> bool:
+def _going_on(
+    run: Run, told: Sequence[ev.Event], is_alive: Callable[[ev.WorkerStarted], bool], now: float
+) -> Run:
+    """Without an end: some worker is alive, or is about to be started; or nobody knows."""
     started = {(e.pid, e.local_rank): e for e in told if isinstance(e, ev.WorkerStarted)}
     for event in told:
         if isinstance(event, ev.WorkerExited):
             started.pop((event.pid, event.local_rank), None)
-    if any(map(is_alive, started.values())):
-        return True
+    alive = {who for who, event in started.items() if is_alive(event)}
     last = told[-1]
     delay_s = last.delay_s if isinstance(last, ev.Restarting) else 0.0
-    return not started and -1 < now - last.time < delay_s + _LATE_S
+    if not alive and (started or not -1 < now - last.time < delay_s + _LATE_S):
+        return run
+    lives = (life._replace(alive=(life.pid, life.local_rank) in alive) for life in run.lives)
+    length_s = max(run.duration_s or 0.0, now - told[0].time)
+    return run._replace(state="running", lives=tuple(lives), duration_s=length_s)
 
 
 # --- its parts ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from asupervise.views.plain import cut_middle, one_line, overwritten, ranks_text
 from asupervise.views.story import Attempt, Run
 from asupervise.views.words import count, duration, how_ended, moment, size
 
-__all__ = ["STATES", "culprit_of", "head", "headline", "verdict"]
+__all__ = ["STATES", "culprit_of", "head", "headline", "took", "verdict"]
 
 STATES: Final = {
     "succeeded": "Succeeded",
@@ -51,7 +51,7 @@ def verdict(run: Run) -> str:
         all_of = f"All {run.nprocs:,} workers" if run.nprocs > 1 else "The worker"
         return f"{all_of} succeeded{again}."
     if run.state == "running":
-        return f"It was still running at {moment(run.read_at)}, when this page was made."
+        return f"It was still running at {moment(run.read_at)}."
     if run.state == "unknown":
         return (
             "Its end is written down nowhere: its supervisor was killed, or its folder was copied "
@@ -64,8 +64,12 @@ def _failed(run: Run) -> str:
     life = run.culprit
     if life is None:
         if run.root_cause is not None:
-            return f"Rank {run.root_cause}, on another node, failed first. {_sentence(run.why)}"
-        return _sentence(run.why) or "No rank failed by itself: all were ended."
+            why = run.why if run.why != f"rank {run.root_cause} failed" else ""
+            return f"Rank {run.root_cause}, on another node, failed first. {_sentence(why)}".strip()
+        nobody = ""
+        if any(each.outcome == "ended" for each in run.lives):
+            nobody = "No rank failed by itself: those that ran were ended."
+        return " ".join(filter(None, (_sentence(run.why), nobody)))
     ended = sum(each.outcome == "ended" and each.attempt == life.attempt for each in run.lives)
     rest = f"; {count(ended, 'other')} {'was' if ended == 1 else 'were'} ended" if ended else ""
     return f"Rank {life.rank} failed first: {how_ended(life)}{_ran(life)}{rest}."
@@ -82,13 +86,18 @@ def _ran(life: Life) -> str:
     return f" after {duration(life.end_s - life.start_s)}"
 
 
+def took(run: Run) -> str:
+    """What the length of a run is called."""
+    names = {"running": "has run for", "unknown": "known of for"}
+    return names.get(run.state, "took")
+
+
 def _facts(run: Run) -> Iterable[Html]:
     peaks = [(life.peak_rss_bytes, life.rank) for life in run.lives if life.peak_rss_bytes]
     attempts = max(len(run.attempts), len({life.attempt for life in run.lives}))
     facts: list[tuple[str, Child]] = [
         ("began", moment(run.began_at) if run.began_at else ""),
-        ("took" if run.state in ("succeeded", "failed") else "known of",
-         duration(run.duration_s) if run.duration_s is not None else ""),
+        (took(run), duration(run.duration_s) if run.duration_s is not None else ""),
         ("workers", f"{run.nprocs:,}"),
         ("attempts", f"{attempts:,}" if attempts > 1 else ""),
         ("host", one_line(run.node)),

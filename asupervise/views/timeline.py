@@ -265,9 +265,10 @@ def _mark_lane(marks: Iterable[Happening], length_s: float, height: int) -> Iter
 def _legend(rows: Sequence[Row], marks: Sequence[Happening]) -> Html:
     lives = [life for row in rows for life in row.lives]
     bars = {life.outcome for life in lives}
+    names = _BAR_NAMES | ({"open": "running"} if any(life.alive for life in lives) else {})
     parts = [
         tag("li", tag("i", class_=f"swatch {outcome}"), name)
-        for outcome, name in _BAR_NAMES.items()
+        for outcome, name in names.items()
         if outcome in bars
     ]
     if any(life.first_output_s is not None for life in lives):

@@ -120,7 +120,7 @@ def how_ended(life: Life) -> str:
     if failure is not None and "OOM killer" in failure.cause:
         return "out of memory"
     if code is None:
-        return "failed" if failure is not None else "no end known"
+        return "running" if life.alive else "failed" if failure is not None else "no end known"
     if code < 0:
         return (failure.signal if failure is not None else "") or signal_name(-code)
     return f"exit code {code}" if code or failure is not None else "succeeded"

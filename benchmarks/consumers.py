@@ -140,7 +140,7 @@ def _case(
         candidates=candidates,
         limit=_WITHOUT,
         goals=[Goal(_TIME.name, "<=", _GOAL, against=against)],
-        rounds=setup.rounds(9),
+        rounds=setup.rounds(7),
     )
 
 

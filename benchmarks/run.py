@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes",
         type=float,
-        default=15.5,
-        help="after so many, each case that is left gets one round (default: 15.5)",
+        default=17.0,
+        help="after so many, each case that is left gets one round (default: 17)",
     )
     parser.add_argument(
         "--results",

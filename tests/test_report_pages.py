@@ -222,7 +222,9 @@ def test_logs_full_of_traps(page: Page, pictures: Path, make_run: MakeRun) -> No
     page.fill("#find", "/out of .* box/")
     found(page, "1 line in 1 of 2 logs")
     page.fill("#find", "")
+    found(page, "")
     assert page.evaluate("window.pwned") is None
+    page.evaluate("window.scrollTo(0, 0)")
     take_pictures(page, pictures, "report-traps", full_page=True)
 
 

@@ -156,10 +156,11 @@ def _path(points: Sequence[Point], scale: Point) -> str:
 
 
 def _curves(lines: Sequence[Line], run: Run, scale: Point) -> Child:
-    culprit = [line for line in lines if run.culprit is not None and line.life == run.culprit]
-    rest = [line for line in lines if line not in culprit] if len(lines) <= _MOST_LINES else lines
+    rank = run.culprit.rank if run.culprit is not None else None
+    culprit = [line for line in lines if line.life.rank == rank]
+    rest = [line for line in lines if line.life.rank != rank]
     if len(lines) > _MOST_LINES:
-        return [_band(rest, scale), *(_curve(line, scale, "curve culprit") for line in culprit)]
+        return [_band(lines, scale), *(_curve(line, scale, "curve culprit") for line in culprit)]
     return [
         *(_curve(line, scale, f"curve c{line.life.rank % _COLOURS}") for line in rest),
         *(_curve(line, scale, "curve culprit") for line in culprit),

@@ -23,7 +23,7 @@ from asupervise.errors import SupervisorError
 from asupervise.views.files import LogFile, log_files
 from asupervise.views.loglines import Choice, Line, chosen, lines_of, merged, tail_start
 from asupervise.views.printing import Format, headline, printed
-from asupervise.views.rundir import EVENTS_FILE, find_run, read_run
+from asupervise.views.rundir import EVENTS_FILE, RunFolderError, find_run, read_run
 from asupervise.views.story import Run
 
 __all__ = ["main"]
@@ -118,7 +118,10 @@ def _logs(options: argparse.Namespace) -> None:
     choice = Choice(options.rank, options.stream, _attempt(options.attempt, run))
     files = chosen(log_files(run), choice)
     if not files and not options.follow:
-        raise SupervisorError(f"{run_dir}: none of its workers has a log of that kind")
+        raise RunFolderError(
+            f"{run_dir}: none of its workers has a log of that kind",
+            "--tee 3 or --redirects 3 keeps what they print",
+        )
     how = Format(
         prefix=not options.by_rank if options.prefix is None else options.prefix,
         timestamps=options.timestamps,

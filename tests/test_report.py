@@ -118,6 +118,11 @@ def test_a_success_says_nothing_of_failures(tmp_path: Path) -> None:
     assert "ailed" not in text
 
 
+def test_a_run_without_logs_says_how_to_have_some(tmp_path: Path) -> None:
+    told = [group(1), started(0, 0, stdout=None, stderr=None), exited(1, 0), group_ended(1)]
+    assert "--tee 3 keeps it here" in text_of(page_of(write_events_alone(tmp_path, told)))
+
+
 def test_a_run_that_goes_on_and_one_that_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

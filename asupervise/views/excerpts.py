@@ -101,7 +101,7 @@ def limits_of(sizes: Sequence[int], firsts: int) -> list[int]:
 
 def logs_section(
     excerpts: Sequence[Excerpt], files: Sequence[LogFile], base: str, failed: bool
-) -> Html | None:
+) -> Html:
     """The section, with what searches and filters it.
 
     Args:
@@ -111,7 +111,8 @@ def logs_section(
         failed: whether the first one is the culprit's, and is opened.
     """
     if not files:
-        return None
+        note = "What the workers printed went to no file. --tee 3 keeps it here, and shows it."
+        return tag("section", tag("h2", "Logs"), tag("p", note, class_="note"), id="logs")
     silent = [file for file in files if not file.size]
     several = len({file.life.attempt for file in files}) > 1
     shown = [

@@ -105,7 +105,7 @@ def render(run: Run, base: str = "") -> str:
         resources(run),
         ranks_table(run),
         binding_of(run),
-        logs_section(excerpts, files, base, failed=culprit is not None),
+        logs_section(excerpts, files, base, failed=culprit is not None) if run.lives else None,
         _story(told, left_out),
         _foot(run, base),
     ]

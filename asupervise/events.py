@@ -440,8 +440,8 @@ def _hints(kind: type[Event]) -> dict[str, Any]:
 
 def _read(value: Any, hint: Any) -> Any:
     """The value, if it is of that type; `_BAD` if not."""
-    if type(value) is hint and (hint is not float or math.isfinite(value)):
-        return value  # as most are
+    if type(value) is hint:  # as most are
+        return value if _is_sound(value) else _BAD
     origin, args = get_origin(hint), get_args(hint)
     if origin is tuple:
         items = [_read(item, args[0]) for item in value] if isinstance(value, list) else [_BAD]
@@ -452,14 +452,17 @@ def _read(value: Any, hint: Any) -> Any:
         if value is None:
             return None
         hint = next(arg for arg in args if arg is not type(None))
-    # A bool is an int, and not meant. Who computes with what is read must not overflow.
-    if type(value) is int and abs(value) >= _TOO_LARGE:
-        return _BAD
-    if hint is float and type(value) is int:
+    # A bool is an int, and not meant.
+    if hint is float and type(value) is int and _is_sound(value):
         value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        return _BAD
-    return value
+    return value if type(value) is hint and _is_sound(value) else _BAD
+
+
+def _is_sound(value: Any) -> bool:
+    """Whether it can be computed with, and nothing overflows."""
+    if type(value) is float:
+        return math.isfinite(value)
+    return type(value) is not int or abs(value) < _TOO_LARGE
 
 
 def _read_stacks(value: Any) -> Any:

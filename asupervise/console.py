@@ -55,7 +55,8 @@ class Screen:
 class Console:
     """A destination of lines: a terminal, a pipe, a file, or any object with ``write(str)``.
 
-    One that has ``async awrite(str)`` as well is waited for where it is slow.
+    One that has ``async awrite(str)`` as well is waited for where it is slow; what is much at once
+    is given to its ``write_waiting(str)``, in a thread.
 
     Bytes that are not UTF-8 pass unharmed to a descriptor, and as escapes (``\\xff``) to what
     is read as text: ``io.StringIO``, a notebook's stream, pytest's `capsys` (which breaks off the
@@ -93,8 +94,10 @@ class Console:
 
     @property
     def takes_streams(self) -> bool:
-        """Whether :meth:`write_all` is possible: there is a descriptor, and it is not broken."""
-        return self._fd is not None and self.broken is None
+        """Whether :meth:`write_all` is possible, and it is not broken."""
+        return self.broken is None and (
+            self._fd is not None or hasattr(type(self._stream), "write_waiting")
+        )
 
     async def write(self, owner: object, framed: Framed) -> None:
         """Write what `owner` has framed; `turn` must be held.
@@ -134,10 +137,17 @@ class Console:
         For much at once: then crossing over from one thread to another, twice for each block,
         takes longer than the work itself.
         """
-        assert self._fd is not None
-        await self._unless_broken(
-            self._write_patiently(self._fd, self._all_joined(owner, framings))
-        )
+        blocks = self._all_joined(owner, framings)
+        if self._fd is not None:
+            await self._unless_broken(self._write_patiently(self._fd, blocks))
+        else:
+            await self._unless_broken(self._in_thread(self._write_waiting, blocks))
+
+    def _write_waiting(self, blocks: Blocks[Parts]) -> None:
+        write = type(self._stream).write_waiting
+        with closing(blocks):
+            for parts in blocks:
+                write(self._stream, self._decoder.decode(b"".join(parts)))
 
     def _all_joined(self, owner: object, framings: Blocks[Framed]) -> Blocks[Parts]:
         with closing(framings):

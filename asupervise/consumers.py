@@ -58,7 +58,8 @@ async def _show(stack: AsyncExitStack, bus: EventBus, options: LaunchOptions, sa
 
     if why_not := place_of_view().why_not:
         say(f"note: --live: {why_not}; only lines are shown")
-    view = await stack.enter_async_context(live_view(bus, title=os.path.basename(options.script)))
+    title = os.path.basename(options.script)
+    view = await stack.enter_async_context(live_view(bus, title=title, color=options.color))
     if view is not None:
         stack.enter_context(handle_terminal(view))
 

@@ -405,3 +405,34 @@ async def test_two_streams_to_two_places_do_not(
         assert len({id(console.turn) for console in (out, err, third)}) == 3
     with consoles.shared(pipe.stream) as later:
         assert later is not out
+
+
+class Patient:
+    """A stream that can make its writers wait."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, str]] = []
+
+    def write(self, text: str) -> int:
+        raise AssertionError("it can be waited for")
+
+    async def awrite(self, text: str) -> None:
+        await asyncio.sleep(0)
+        self.taken.append(("loop", text))
+
+    def write_waiting(self, text: str) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        self.taken.append(("thread", text))
+
+
+async def test_a_stream_that_can_be_waited_for_is(threads: ThreadPoolExecutor) -> None:
+    stream = Patient()
+    console = Console(stream, threads)  # type: ignore[arg-type]
+    assert console.takes_streams
+    assert not console.takes_lines
+    await put(console, whole(RAW))
+    async with console.turn:
+        await console.write_all("w0", (whole(line) for line in (b"a\n", b"\xff\n")))
+    assert stream.taken == [
+        ("loop", "[w0]:\\xff\\xfe\0 \xe9\n"), ("thread", "a\n"), ("thread", "\\xff\n"),
+    ]  # fmt: skip

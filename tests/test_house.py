@@ -164,21 +164,24 @@ ROOMS = {
     ),
     "views.live.painting": room("views.live.rows views.live.spans", others="rich"),
     "views.live.last_lines": room(),
-    "views.live.gpu_use": room("gpus", others="pynvml"),
+    "views.live.gpu_use": room(lazily="gpus", others="pynvml"),
     "views.live.pipes": room("procfs"),
     "views.live.tty": room("views.live.pipes views.live.rows"),
     "views.live.above": room("views.live.text"),
+    "views.live.canvas": room(
+        "views.live.painting views.live.rows views.live.spans views.live.tty"
+    ),
     "views.live.driving": room(
-        "bus views.live.above views.live.board views.live.gpu_use views.live.last_lines"
+        "bus views.live.above views.live.board views.live.canvas views.live.gpu_use"
+        " views.live.last_lines"
         " views.live.layout views.live.painting views.live.rows views.live.spans"
         " views.live.tty",
         asynchronous=True,
     ),
     "views.live.view": room(
-        "bus errors shielding views.live.tty",
+        "bus errors formats shielding views.live.tty",
         lazily="views.live.above views.live.board views.live.driving views.live.gpu_use"
         " views.live.painting views.live.spans",
-        others="rich",
         asynchronous=True,
     ),
     "sinks": room("framing", asynchronous=True),

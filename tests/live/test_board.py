@@ -148,10 +148,16 @@ def test_a_job_that_is_started_anew_keeps_its_counts() -> None:
     story = Story(2)
     story.exited(0, 1)
     story.tell(events.GroupEnded, succeeded=False, root_cause=0)
-    story.tell(events.Restarting, restarts=1, max_restarts=3, reason="rank 0 failed", delay_s=2.0)
+    story.tell(
+        events.Restarting,
+        restarts=1,
+        max_restarts=3,
+        reason="rank 0 failed: restart 1 of 3",
+        delay_s=2.0,
+    )
     picture = story.after(1)
     assert picture.restarts == (1, 3)
-    assert picture.news == ("restart 1 of 3: rank 0 failed", True, int((story.now_s + 1) * NS))
+    assert picture.news == ("rank 0 failed: restart 1 of 3", True, int((story.now_s + 1) * NS))
     story.tell(events.GroupStarting, nprocs=2, attempt=1)
     assert story.states() == [S.WAITING, S.WAITING]
     assert [row.restarts for row in story.after().rows] == [1, 1]

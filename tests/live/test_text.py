@@ -42,6 +42,12 @@ def test_colours_stay_and_end_with_their_line() -> None:
     shown = "\x1b[1;31mred\x1b[0m\nplain\x1b[38;2;1;2;3mtrue\x1b[0m\n\n"
     assert harmless(text, colours=True) == shown
     assert harmless("\x1b[" + "1" * 100 + "mlong", colours=True) == "long"
+    # As prefixes have them: as they are, and each of these that is not ended is.
+    ended = "\x1b[34m[w0]:\x1b[0mtext\n" * 3
+    assert harmless(ended, colours=True) == ended
+    for begun in ("\x1b[34mopen", "\x1b[0;1mopen", "\x1b[1ma\x1b[2mopen", "a\x1b[mb\x1b[1m"):
+        shown = harmless(f"{ended}{begun}\nmore", colours=True)
+        assert shown == f"{ended}{begun}\x1b[0m\nmore"
 
 
 PREFIX = "\x1b[36m[w0]:\x1b[0m"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final, Protocol
@@ -29,6 +30,13 @@ class Taker(Protocol):
             OSError: the terminal is gone.
         """
 
+    def show_now(self, lines: str) -> None:
+        """Show them; for a thread that may wait.
+
+        Raises:
+            OSError: the terminal is gone.
+        """
+
 
 class Above(io.TextIOBase):
     """A text stream whose lines appear above the table, made harmless.
@@ -36,9 +44,6 @@ class Above(io.TextIOBase):
     Args:
         taker: who shows them.
         colours: whether colours stay.
-
-    Attributes:
-        unfinished: the begun line, made harmless.
     """
 
     def __init__(self, taker: Taker, *, colours: bool) -> None:
@@ -46,6 +51,8 @@ class Above(io.TextIOBase):
         self._taker = taker
         self._colours = colours
         self._begun = ""
+        # The host may print in threads.
+        self._turn = threading.Lock()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -53,6 +60,7 @@ class Above(io.TextIOBase):
 
     @property
     def unfinished(self) -> str:
+        """The begun line, made harmless."""
         return in_a_cell(self._begun)
 
     def isatty(self) -> bool:
@@ -63,19 +71,31 @@ class Above(io.TextIOBase):
 
     def write(self, text: str, /) -> int:
         """Show it; returns at once. For those who print a line now and then."""
-        begun, newline, rest = text.rpartition("\n")
-        whole = f"{self._begun}{begun}\n" if newline else ""
-        self._begun = rest if newline else self._begun + rest
-        if len(self._begun) > _UNFINISHED_CHARS:
-            whole, self._begun = f"{whole}{self._begun}\n", ""
-        # Also where there is none: the begun line is shown in the table.
-        self._taker.take(harmless(whole, colours=self._colours))
+        # Also where there is no whole line: the begun one is shown as well.
+        self._taker.take(self._whole_lines(text))
         return len(text)
 
     async def awrite(self, text: str) -> None:
         """Show it, and wait while the terminal is slow: `asupervise.console` asks for this."""
         self.write(text)
         await self._taker.wait_taken()
+
+    def write_waiting(self, text: str) -> None:
+        """Likewise in a thread: where there is much, that is less work."""
+        self._taker.show_now(self._whole_lines(text))
+
+    def _whole_lines(self, text: str) -> str:
+        """What it completes."""
+        end = text.rfind("\n") + 1
+        # As it is, where that is possible: large blocks pass here.
+        whole, rest = (text, "") if end == len(text) else (text[:end], text[end:])
+        with self._turn:
+            if end and self._begun:
+                whole, self._begun = self._begun + whole, ""
+            self._begun += rest
+            if len(self._begun) > _UNFINISHED_CHARS:
+                whole, self._begun = f"{whole}{self._begun}\n", ""
+        return harmless(whole, colours=self._colours)
 
     def finish(self) -> None:
         """Nothing more will come: what there is of a line is shown as one."""

@@ -174,12 +174,10 @@ class Board:
             self._say(event, event.why)
 
     def _restarting(self, event: events.Restarting) -> None:
-        reason = f": {event.reason}" if event.reason else ""
         due_ns = event.monotonic_ns + int(event.delay_s * NS)
         if event.local_rank is None:
             self._restarts = event.restarts, event.max_restarts
-            of = "" if event.max_restarts is None else f" of {event.max_restarts}"
-            self._say(event, f"restart {event.restarts}{of}{reason}", due_ns=due_ns)
+            self._say(event, event.reason or f"restart {event.restarts}", due_ns=due_ns)
             return
         self._restarts = self._restarts[0] + 1, event.max_restarts
         if (row := self.rows.get((event.group, event.local_rank))) is not None:
@@ -192,7 +190,7 @@ class Board:
                     due_ns=due_ns,
                 )
             )
-        self._say(event, f"restart{reason}", due_ns=due_ns)
+        self._say(event, f"{event.reason}: restart {event.restarts}", due_ns=due_ns)
 
     def _round_completed(self, event: events.RoundCompleted) -> None:
         if len(event.members) > 1:

@@ -18,12 +18,13 @@ from typing import Final, NamedTuple
 from asupervise.bus import Subscription
 from asupervise.views.live.above import Above
 from asupervise.views.live.board import Board
+from asupervise.views.live.canvas import Canvas
 from asupervise.views.live.gpu_use import GpuUse
 from asupervise.views.live.last_lines import LastLines
-from asupervise.views.live.layout import Layout, lay_out, room
-from asupervise.views.live.painting import HIDE_CURSOR, SHOW_CURSOR, Drawn, Painter, end_of
-from asupervise.views.live.rows import Size
-from asupervise.views.live.spans import UNICODE, Glyphs, Line, Span
+from asupervise.views.live.layout import lay_out, room
+from asupervise.views.live.painting import SHOW_CURSOR, Drawn
+from asupervise.views.live.rows import Row
+from asupervise.views.live.spans import UNICODE, Glyphs, Line
 from asupervise.views.live.tty import Terminal
 
 __all__ = ["LiveView", "Look"]
@@ -37,7 +38,6 @@ _LINES_S: Final = 0.04
 _LINES_CHARS: Final = 32 * 1024
 # Who has more than that waiting waits for the terminal.
 _WAITING_CHARS: Final = 256 * 1024
-
 Key = tuple[str, int]
 Lines = Mapping[Key, str]
 
@@ -83,24 +83,19 @@ class LiveView:
         self._board = board
         self._heard = heard
         self._terminal = terminal
-        self._look = look
+        self._glyphs = look.glyphs
         self._gpus = gpus
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="asupervise-live")
-        self._painter = Painter()
         self._last_lines: LastLines[Key] = LastLines()
         self.streams = {name: Above(self, colours=look.colours) for name in streams}
+        self._canvas = Canvas(terminal, look.draw, self._begun_lines)
         self._waiting = _Waiting(self._stir)
         self._stirred = asyncio.Event()
-        self._layout = Layout([])
-        self._table: list[Drawn] = []
-        self._size = Size(0, 0)
+        self._rows: Sequence[Row] = ()
         # Whether something has happened since the table was laid out, and when that was.
         self._changed = True
         self._laid_out_s = self._painted_s = 0.0
-        # Whether the terminal is given back for a while; whether it is (still, again) the shell's.
-        self._paused = False
-        self._away = True
         self._ending = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -118,19 +113,33 @@ class LiveView:
         """
         await self._waiting.wait_taken()
 
+    def show_now(self, lines: str) -> None:
+        """Show lines above the table; for a thread that may wait.
+
+        Raises:
+            OSError: the terminal is gone.
+        """
+        if self._canvas.is_stale:
+            # Nobody but the event loop can lay out the table anew.
+            self._waiting.add(lines)
+            self._loop.call_soon_threadsafe(self._layout_soon)
+            return
+        self._canvas.show(lambda: self._waiting.take_all() + lines)
+        if not self._changed:
+            # Who has written something has another last line, most likely.
+            self._loop.call_soon_threadsafe(self._layout_soon)
+
     def resized(self) -> None:
         """The terminal may have another size; without this it is seen within a second."""
         self._layout_soon()
 
     def pause(self) -> None:
         """Give the terminal back, because this process is about to be stopped."""
-        self._paused = True
-        self._terminal.write_at_once(f"\r\n{SHOW_CURSOR}")
-        self._terminal.unmute()
+        self._canvas.pause()
 
     def resume(self) -> None:
         """Take the terminal again."""
-        self._paused, self._away = False, True
+        self._canvas.resume()
         self._layout_soon()
 
     # --- its life -------------------------------------------------------------------------------
@@ -158,13 +167,12 @@ class LiveView:
 
     def hurry(self) -> None:
         """Wait for the terminal no more."""
-        self._terminal.cancel()
+        self._canvas.hurry()
 
     def close(self) -> None:
         """Give the terminal back; after :meth:`end`."""
         self._thread.shutdown()
-        self._terminal.write_at_once(SHOW_CURSOR)
-        self._terminal.close()
+        self._canvas.close()
         if self._gpus is not None:
             self._gpus.stop()
 
@@ -215,60 +223,46 @@ class LiveView:
     async def _paint(self) -> None:
         """Draw what there is; the last lines are looked at meanwhile, for the next time."""
         self._painted_s = self._loop.time()
-        size = self._terminal.size()
         due_s = self._laid_out_s + (_TABLE_S if self._changed else _TICK_S)
-        lays_out = self._painted_s >= due_s or size != self._size
+        lays_out = self._painted_s >= due_s or self._canvas.is_stale
         if lays_out:
-            self._lay_out(size)
-        text = self._waiting.take_all()
-        data = self._painted(text, size)
-        lines = await self._in_thread(data, look=lays_out)
-        # Who has written something has another last line, most likely.
-        if self._board.lines_seen(lines, time.monotonic_ns()) or text:
+            self._lay_out()
+        has_lines = self._waiting.touched
+        seen = await self._show_and_look(self._rows if lays_out else ())
+        if self._board.lines_seen(seen, time.monotonic_ns()) or has_lines:
             self._changed = True
 
     async def _last_paint(self) -> None:
-        self._board.lines_seen(await self._in_thread("", look=True), time.monotonic_ns())
-        size = self._terminal.size()
-        self._lay_out(size)
-        text = self._painted(self._waiting.take_all(), size)
-        await self._in_thread(f"{text}{SHOW_CURSOR}\r\n", look=False)
+        seen = await self._show_and_look(self._rows)
+        self._board.lines_seen(seen, time.monotonic_ns())
+        self._lay_out()
+        await self._show_and_look((), end=f"{SHOW_CURSOR}\r\n")
 
-    def _lay_out(self, size: Size) -> None:
+    def _lay_out(self) -> None:
         self._changed = False
         self._laid_out_s = self._loop.time()
-        self._size = size
         if self._gpus is not None:
             self._board.gpus_seen(self._gpus.latest)
         picture = self._board.picture(time.monotonic_ns())
+        size = self._terminal.size()
         height = room(len(picture.rows), size.lines)
         # A cell less than there are: behind a line that fills its row terminals differ.
-        self._layout = lay_out(picture, size.columns - 1, height, self._look.glyphs)
-        self._table = [self._look.draw(line) for line in self._layout.lines]
+        layout = lay_out(picture, size.columns - 1, height, self._glyphs)
+        self._rows = layout.rows
+        self._canvas.lay(layout.lines, size)
 
-    def _painted(self, text: str, size: Size) -> str:
-        if self._paused or not self._terminal.in_foreground:
-            # The terminal is the shell's: lines may appear there, as those of any program.
-            self._away = True
-            return text
-        begin = ""
-        if self._away:
-            self._away = False
-            self._painter.forget_table()
-            self._terminal.mute()
-            begin = HIDE_CURSOR
-        begun = [each.unfinished for each in self.streams.values() if each.unfinished]
-        above = [self._look.draw((Span(end_of(line, size.columns - 1)),)) for line in begun]
-        return begin + self._painter.paint(text, [*above, *self._table], size)
+    def _begun_lines(self) -> list[str]:
+        return [line for each in self.streams.values() if (line := each.unfinished)]
 
-    async def _in_thread(self, data: str, *, look: bool) -> Lines:
-        rows = self._layout.rows if look else ()
+    async def _show_and_look(self, rows: Sequence[Row], end: str = "") -> Lines:
+        """Draw, and see what these workers have said last."""
         files = {row.key: row.files for row in rows if row.files}
-        return await self._loop.run_in_executor(self._thread, self._write_and_look, data, files)
 
-    def _write_and_look(self, data: str, files: Mapping[Key, Sequence[str]]) -> Lines:
-        self._terminal.write(data)
-        return self._last_lines.read(files) if files else {}
+        def work() -> Lines:
+            self._canvas.show(self._waiting.take_all, end)
+            return self._last_lines.read(files) if files else {}
+
+        return await self._loop.run_in_executor(self._thread, work)
 
 
 class _Waiting:
@@ -302,20 +296,22 @@ class _Waiting:
             news = not self.touched or before < _LINES_CHARS <= self.chars
             self.touched = True
             self._parts.append(lines)
-        if not news:
-            return
+        if news:
+            self._in_loop(self._stir)
+
+    def _in_loop(self, call: Callable[[], None]) -> None:
         if threading.get_ident() == self._own_thread:
-            self._stir()
+            call()
         else:
             with suppress(RuntimeError):  # the loop has been closed meanwhile
-                self._loop.call_soon_threadsafe(self._stir)
+                self._loop.call_soon_threadsafe(call)
 
     def take_all(self) -> str:
         with self._turn:
             parts, self._parts, self.chars, self.touched = self._parts, [], 0, False
-        # The next ones may come while these are being shown.
-        self._taken.set()
-        return "".join(parts)
+        # While these are written the next ones may come.
+        self._in_loop(self._taken.set)
+        return parts[0] if len(parts) == 1 else "".join(parts)
 
     async def wait_taken(self) -> None:
         while self.chars > _WAITING_CHARS and self._broken is None:

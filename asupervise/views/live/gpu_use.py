@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final
 
-from asupervise.gpus import read_gpus, visible_gpus
-
 __all__ = ["GpuUse", "gpu_use"]
 
 # Where one of these is, a driver of NVIDIA's is loaded: nothing is imported otherwise.
@@ -73,6 +71,8 @@ class GpuUse:
                 self._nvml.nvmlShutdown()
 
     def _visible(self) -> list[int]:
+        from asupervise.gpus import read_gpus, visible_gpus
+
         gpus = [gpu for gpu in read_gpus() if gpu.vendor == "nvidia"]
         return [gpu.index for gpu in visible_gpus(gpus, self._environ) if gpu.index >= 0]
 

@@ -188,7 +188,7 @@ class _Table:
         if news is None or not (text := in_a_cell(news.text)):
             return []
         if news.due_ns > self.picture.now_ns:
-            text = f"in {math.ceil((news.due_ns - self.picture.now_ns) / NS)} s: {text}"
+            text += f" in {math.ceil((news.due_ns - self.picture.now_ns) / NS)} s"
         text = fitted(text, self._width, self._glyphs.ellipsis)
         return [(Span(text, "bad" if news.is_bad else ""),)]
 

@@ -69,17 +69,16 @@ class Drawn(NamedTuple):
     cells: int
 
 
-def drawer(*, styled: bool, coloured: bool) -> Callable[[Line], Drawn]:
+def drawer(*, coloured: bool) -> Callable[[Line], Drawn]:
     """What draws a line.
 
     Only the sixteen colours that a person has chosen for his terminal: they can be read on its
     background, whatever that is.
 
     Args:
-        styled: whether the terminal knows of bold and dim.
-        coloured: whether it has colours, and may show them (``NO_COLOR``).
+        coloured: whether there are any, and not only bold and dim text.
     """
-    marks = {name: _marks(style, styled, coloured) for name, style in _STYLES.items()}
+    marks = {name: _marks(style, coloured) for name, style in _STYLES.items()}
     nothing = "", ""
 
     def draw(line: Line) -> Drawn:
@@ -93,10 +92,8 @@ def drawer(*, styled: bool, coloured: bool) -> Callable[[Line], Drawn]:
     return draw
 
 
-def _marks(style: str, styled: bool, coloured: bool) -> tuple[str, str]:
+def _marks(style: str, coloured: bool) -> tuple[str, str]:
     """What stands before and after text in a style."""
-    if not styled or not style:
-        return "", ""
     parsed = Style.parse(style)
     rendered = (parsed if coloured else parsed.without_color).render(
         "\0", color_system=ColorSystem.STANDARD
@@ -116,15 +113,16 @@ class Painter:
         # Whether all of the screen was drawn by us: then it may be drawn anew.
         self._is_ours = False
 
-    def paint(self, text: str, table: Sequence[Drawn], size: Size) -> str:
-        """Show lines above the table, and the table.
+    def paint(self, text: str, table: Sequence[Drawn], size: Size) -> list[str]:
+        """Show lines above the table, and the table: what is to be written, in parts.
 
         Args:
             text: whole lines, harmless ones; may be empty.
             table: its lines, each narrower than the terminal.
             size: of the terminal, now.
         """
-        self._tail = (self._tail + text)[-_TAIL_CHARS:]
+        if text:
+            self._tail = (self._tail + text[-_TAIL_CHARS:])[-_TAIL_CHARS:]
         rows = len(self._drawn)
         if self._size not in (None, size):
             parts = self._all_anew(size, len(table))
@@ -135,7 +133,7 @@ class Painter:
         # After the last line too, and below it: there may have been more of them.
         parts += [_TO_LINE_END if table else "", _TO_SCREEN_END]
         self._drawn, self._size = tuple(table), size
-        return "".join([_BEGIN, *parts, _END])
+        return [_BEGIN, *parts, _END]
 
     def forget_table(self) -> None:
         """It stays where it is; the next one is drawn below what somebody else writes."""
@@ -178,8 +176,10 @@ class Painter:
 
 def end_of(text: str, cells: int) -> str:
     """The text; of one that is too long, the end, where more will be written."""
-    while cell_len(text) > cells:
-        text = text[max(cell_len(text) - cells, 1) :]
+    text = text[-cells:] if cells > 0 else ""
+    while (excess := cell_len(text) - cells) > 0:
+        # No character is wider than two.
+        text = text[(excess + 1) // 2 :]
     return text
 
 

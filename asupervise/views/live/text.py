@@ -13,8 +13,12 @@ from asupervise.views.plain import SEQUENCE, UNSHOWN, shown, without_sequences
 
 __all__ = ["harmless", "in_a_cell"]
 
-# C0 but for the newline and the tab, and DEL.
-_CONTROLS: Final = tuple(map(chr, (*range(9), *range(11, 32), 127)))
+_ESC: Final = "\x1b"
+# C0 but for the newline, the tab and ESC, and DEL.
+_CONTROLS: Final = tuple(chr(code) for code in (*range(9), *range(11, 32), 127) if code != 27)
+# What begins anything else than a colour that ends where it should.
+_ELSE: Final = re.compile(r"\x1b(?!\[(?:0?m|[0-9;:]{1,64}m[^\x1b\n]*\x1b\[0?m))")
+_UNSHOWN_BUT_ESC: Final = re.compile(rf"(?!\x1b){UNSHOWN.pattern}")
 # What ends a line on other systems is no part of it.
 _TOKEN: Final = re.compile(rf"{SEQUENCE.pattern}|(?P<end>\r+$)|{UNSHOWN.pattern}")
 _MOST_COLOURS: Final = 64
@@ -39,12 +43,14 @@ def harmless(text: str, *, colours: bool = False) -> str:
         >>> harmless("\x1b[31mred\n", colours=True)
         '\x1b[31mred\x1b[0m\n'
     """
-    if (colours and _has_only_prefixes(text)) or _is_harmless(text):
+    if (colours and _has_only_prefixes(text)) or _is_harmless(text, colours):
         return text
-    if colours and _is_harmless(_COLOUR.sub("", text)):
+    if colours and _is_harmless(_COLOUR.sub("", text), colours):
         return _COLOURED.sub(rf"\g<0>{_END_OF_COLOURS}", text)
     made = _coloured if colours else _uncoloured
-    return "\n".join(line if _is_harmless(line) else made(line) for line in text.split("\n"))
+    return "\n".join(
+        line if _is_harmless(line, colours) else made(line) for line in text.split("\n")
+    )
 
 
 def _has_only_prefixes(text: str) -> bool:
@@ -73,11 +79,13 @@ def in_a_cell(text: str) -> str:
     return without_sequences(text.replace("\t", " ").replace("\n", " "))
 
 
-def _is_harmless(text: str) -> bool:
+def _is_harmless(text: str, colours: bool) -> bool:
+    if _ESC in text and not (colours and _ELSE.search(text) is None):
+        return False
     # To look for each character by itself is fifteen times faster than a pattern of them.
     if text.isascii():
         return not any(control in text for control in _CONTROLS)
-    return UNSHOWN.search(text) is None
+    return _UNSHOWN_BUT_ESC.search(text) is None
 
 
 def _uncoloured(line: str) -> str:

@@ -7,7 +7,7 @@ import os
 import select
 import struct
 import termios
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
@@ -18,8 +18,6 @@ __all__ = ["Place", "Terminal", "find_terminal"]
 
 _DUMB: Final = ("", "dumb", "unknown")
 _DEFAULT_SIZE: Final = Size(80, 24)
-# Where it cannot be had otherwise, so much is written at a time that it takes without waiting.
-_AT_ONCE_BYTES: Final = 512
 _LFLAG: Final = 3
 
 
@@ -85,99 +83,117 @@ def in_foreground(fd: int) -> bool:
 
 
 class Terminal:
-    """Writes to a terminal, in a thread, without being stuck there.
+    """Writes to a terminal, in a thread that :meth:`hurry` calls back.
 
     Args:
         fd: of the terminal; stays open.
     """
 
     def __init__(self, fd: int) -> None:
-        self._given = fd
-        self._fd = _own(fd)
-        self._cancelled, self._cancelling = os.pipe()
+        self._fd = fd
+        # Opened anew, so that what is changed there is changed for us alone: one that waits, and
+        # one that never does. To wait in the kernel costs half of what waiting for it would: a
+        # terminal takes 8 KiB at a time.
+        self._patient, self._quick = _opened_anew(fd), _opened_anew(fd)
+        if self._patient >= 0:
+            os.set_blocking(self._patient, True)
+        self._hurried = False
         self._modes: list[Any] | None = None
 
     def size(self) -> Size:
         """In cells, now."""
         with suppress(OSError):
-            packed = fcntl.ioctl(self._given, termios.TIOCGWINSZ, b"\0" * 8)
+            packed = fcntl.ioctl(self._fd, termios.TIOCGWINSZ, b"\0" * 8)
             lines, columns, _, _ = struct.unpack("HHHH", packed)
             if lines and columns:
                 return Size(columns, lines)
         return _DEFAULT_SIZE
 
+    @property
+    def in_foreground(self) -> bool:
+        """Whether we may draw on it."""
+        return in_foreground(self._fd)
+
     def mute(self) -> None:
         """What is typed is not shown any more: it would stand in the table."""
-        if not in_foreground(self._given):
+        if not in_foreground(self._fd):
             return
         with suppress(OSError, termios.error):
-            modes = termios.tcgetattr(self._given)
+            modes = termios.tcgetattr(self._fd)
             self._modes = self._modes or modes[:]
             modes[_LFLAG] &= ~(termios.ECHO | termios.ECHONL)
-            termios.tcsetattr(self._given, termios.TCSADRAIN, modes)
+            termios.tcsetattr(self._fd, termios.TCSANOW, modes)
 
     def unmute(self) -> None:
         """As it was before."""
         modes, self._modes = self._modes, None
         # In the background it would stop us, and a shell has set it as it likes by then.
-        if modes is not None and in_foreground(self._given):
+        if modes is not None and in_foreground(self._fd):
             with suppress(OSError, termios.error):
-                termios.tcsetattr(self._given, termios.TCSANOW, modes)
+                termios.tcsetattr(self._fd, termios.TCSANOW, modes)
 
-    @property
-    def in_foreground(self) -> bool:
-        return in_foreground(self._given)
+    def write(self, parts: Sequence[str]) -> None:
+        """Write all of it, waiting where the terminal is slow; for a thread.
 
-    def write(self, text: str) -> None:
-        """Write all of it; returns earlier after :meth:`cancel`. For a thread.
+        Args:
+            parts: what is written; the larger ones by themselves, because text that is all ASCII is
+                encoded without any work.
 
         Raises:
             OSError: the terminal is gone.
         """
-        data = memoryview(text.encode("utf-8", "surrogateescape"))
-        while data and self._is_writable(None):
-            with suppress(BlockingIOError):
-                data = data[self._write_some(data) :]
+        data = memoryview(b"".join([part.encode("utf-8", "surrogateescape") for part in parts]))
+        out = self._fd if self._patient < 0 else self._patient
+        while data and not self._hurried:
+            try:
+                data = data[os.write(out, data) :]
+            except BlockingIOError:
+                # It was made so: by `hurry`, or by whoever else has our caller's open.
+                if not self._hurried:
+                    _wait_writable(out)
 
     def write_at_once(self, text: str) -> None:
-        """Write what it takes without any waiting."""
-        with suppress(OSError):
-            if self._is_writable(0):
-                self._write_some(memoryview(text.encode())[:_AT_ONCE_BYTES])
+        """Write a little, if that is possible without waiting."""
+        if self._quick >= 0:
+            with suppress(OSError):
+                os.write(self._quick, text.encode())
 
-    def _write_some(self, data: memoryview) -> int:
-        return os.write(self._fd, data if self._fd != self._given else data[:_AT_ONCE_BYTES])
-
-    def _is_writable(self, timeout_ms: int | None) -> bool:
-        poller = select.poll()
-        poller.register(self._fd, select.POLLOUT)
-        poller.register(self._cancelled, select.POLLIN)
-        ready = dict(poller.poll(timeout_ms))
-        return self._fd in ready and (timeout_ms == 0 or self._cancelled not in ready)
-
-    def cancel(self) -> None:
-        """Whoever writes, or will, is to return without waiting; for another thread."""
-        os.write(self._cancelling, b".")
+    def hurry(self) -> None:
+        """Whoever writes, or will, is not to wait any more."""
+        self._hurried = True
+        if self._patient < 0 or not self.in_foreground:
+            return
+        with suppress(OSError, termios.error):
+            os.set_blocking(self._patient, False)
+            # Who waits in the kernel looks at that when he is woken, which this does. It also lets
+            # go on what was stopped (Ctrl-S).
+            termios.tcflow(self._fd, termios.TCOOFF)
+            termios.tcflow(self._fd, termios.TCOON)
 
     def close(self) -> None:
         """Let go of it."""
         self.unmute()
-        if self._fd != self._given:
-            os.close(self._fd)
-        os.close(self._cancelled)
-        os.close(self._cancelling)
+        for fd in (self._patient, self._quick):
+            if fd >= 0:
+                os.close(fd)
 
 
-def _own(fd: int) -> int:
-    """The same terminal, opened anew: so it can be made to never wait, for us alone."""
+def _opened_anew(fd: int) -> int:
+    """The same terminal, never to wait; -1 where that is not possible."""
     try:
         own = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return fd  # another mount namespace, no permission
+        return -1  # another mount namespace, no permission
     if _device(own) == _device(fd):
         return own
     os.close(own)
-    return fd
+    return -1
+
+
+def _wait_writable(fd: int) -> None:
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    poller.poll()
 
 
 def flush(streams: Iterable[Any]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from asupervise.bus import EventBus
 from asupervise.errors import NotSupportedError
+from asupervise.formats import COLORS, wants_color
 from asupervise.shielding import finished_in_any_case
 from asupervise.views.live.tty import Place, Terminal, find_terminal, flush
 
@@ -21,10 +22,14 @@ __all__ = ["live_view", "place_of_view"]
 
 # What is told between two looks at it; of more, samples and heartbeats are missed first.
 _QUEUE: Final = 10_000
+# Who leaves by an exception, or is cancelled, waits no longer for a terminal that takes nothing.
+_PATIENCE_S: Final = 2.0
 
 
 @asynccontextmanager
-async def live_view(bus: EventBus, *, title: str = "") -> AsyncIterator[LiveView | None]:
+async def live_view(
+    bus: EventBus, *, title: str = "", color: str = "auto"
+) -> AsyncIterator[LiveView | None]:
     """Show what runs as a table at the end of the terminal, with the log scrolling above it.
 
     To be entered before the workers are started: for the duration of the context, objects of the
@@ -39,6 +44,7 @@ async def live_view(bus: EventBus, *, title: str = "") -> AsyncIterator[LiveView
     Args:
         bus: who tells what happens; given to `start_processes`, `run_services` or `launch` as well.
         title: what is run; by default the entrypoint of the first group.
+        color: as in `ConsoleFormat`; workers' own colours are shown where ours are.
 
     Returns:
         None where nothing is shown. Else what has ``resized()``, to be called when a SIGWINCH has
@@ -47,6 +53,7 @@ async def live_view(bus: EventBus, *, title: str = "") -> AsyncIterator[LiveView
 
     Raises:
         NotSupportedError: if Rich is not installed (extra ``ui``).
+        ValueError: for a `color` that is none.
 
     Example::
 
@@ -56,6 +63,8 @@ async def live_view(bus: EventBus, *, title: str = "") -> AsyncIterator[LiveView
                 result = await ctx.wait()
         bus.close()
     """
+    if color not in COLORS:
+        raise ValueError(f"color: {color!r}: expected one of {', '.join(COLORS)}")
     place = place_of_view()
     if place.fd is None:
         yield None
@@ -69,13 +78,15 @@ async def live_view(bus: EventBus, *, title: str = "") -> AsyncIterator[LiveView
         message = "the live view needs the package rich"
         raise NotSupportedError(message, hint="pip install 'asupervise[ui]'") from None
     flush([sys.stdout, sys.stderr])
-    view = _made(LiveView, bus, title, place)
+    view = _made(LiveView, bus, title, color, place)
     view.start()
     try:
         with standing_in(view.streams):
             yield view
-    finally:
-        await _ended(view)
+    except BaseException:
+        await _ended(view, _PATIENCE_S)
+        raise
+    await _ended(view, None)
 
 
 def place_of_view() -> Place:
@@ -83,9 +94,7 @@ def place_of_view() -> Place:
     return find_terminal({"stdout": sys.stdout, "stderr": sys.stderr}, os.environ)
 
 
-def _made(kind: type[LiveView], bus: EventBus, title: str, place: Place) -> LiveView:
-    from rich.console import Console as RichConsole
-
+def _made(kind: type[LiveView], bus: EventBus, title: str, color: str, place: Place) -> LiveView:
     from asupervise.views.live.board import Board
     from asupervise.views.live.driving import Look
     from asupervise.views.live.gpu_use import gpu_use
@@ -93,29 +102,25 @@ def _made(kind: type[LiveView], bus: EventBus, title: str, place: Place) -> Live
     from asupervise.views.live.spans import ASCII, UNICODE
 
     assert place.fd is not None
-    stream = getattr(sys, place.streams[0])
-    # Of Rich's knowledge of terminals: what this one can do, and what its user wants of that.
-    rich = RichConsole(file=stream)
-    styled = rich.color_system is not None
-    coloured = styled and not rich.no_color
-    encoding = (getattr(stream, "encoding", None) or "").lower().replace("-", "")
-    look = Look(
-        drawer(styled=styled, coloured=coloured),
-        UNICODE if encoding.startswith("utf8") else ASCII,
-        coloured,
-    )
+    coloured = wants_color(color, os.environ, is_terminal=True)
+    encoding = getattr(getattr(sys, place.streams[0]), "encoding", None) or ""
+    is_unicode = encoding.lower().replace("-", "").startswith("utf8")
+    look = Look(drawer(coloured=coloured), UNICODE if is_unicode else ASCII, coloured)
     heard = bus.subscribe(_QUEUE)
     return kind(Board(title), heard, Terminal(place.fd), look, place.streams, gpu_use())
 
 
-async def _ended(view: LiveView) -> None:
+async def _ended(view: LiveView, patience_s: float | None) -> None:
+    """Show the last state, and let go of the terminal."""
     ending = asyncio.get_running_loop().create_task(view.end(), name="asupervise: live view, end")
     try:
-        await asyncio.shield(ending)
-    except asyncio.CancelledError:
-        # Somebody is in a hurry, and the terminal may be slow, or stopped (Ctrl-S).
-        view.hurry()
-        await finished_in_any_case(ending)
-        raise
+        await asyncio.wait({ending}, timeout=patience_s)
     finally:
-        view.close()
+        # Somebody is in a hurry, or the terminal too slow; it may be stopped (Ctrl-S).
+        if not ending.done():
+            view.hurry()
+        try:
+            await finished_in_any_case(ending)
+        finally:
+            view.close()
+    ending.result()

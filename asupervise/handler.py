@@ -109,8 +109,7 @@ class SubprocessHandler:
         pid: its process id, which is its process group's and session's id as well.
         started_ns: when it was started, on ``time.monotonic_ns()``.
         exit: how it ended, or None while it runs.
-        stragglers: members of its group that were alive when it ended.
-        left_group: whether there were any, or may have been.
+        left_group: whether members of its group were alive when it ended, or may have been.
 
     Example::
 
@@ -125,7 +124,8 @@ class SubprocessHandler:
         self.plan = plan
         self.pid = 0
         self.exit: Exit | None = None
-        self.stragglers: tuple[procfs.ProcessEntry, ...] = ()
+        # None while it is still to be found out.
+        self._stragglers: tuple[procfs.ProcessEntry, ...] | None = ()
         self.left_group = False
         self.started_ns = 0
         self._ended_with: set[int] = set()
@@ -191,12 +191,21 @@ class SubprocessHandler:
         # be ours, and whoever is in it now is proven ours for good.
         self.left_group = procfs.group_exists(self.pid)
         if self.left_group:
+            self._stragglers = None
             _find_stragglers_soon(self)
         if not self._exited.done():
             self._exited.set_result(exit)
         on_exit, self._on_exit = self._on_exit, None
         if on_exit is not None:
             on_exit(self, exit)
+
+    @property
+    def stragglers(self) -> tuple[procfs.ProcessEntry, ...]:
+        """Members of its group that were alive when it ended."""
+        if self._stragglers is None:
+            # Asked by somebody who was woken in the same turn of the loop for another reason.
+            _find_stragglers(asyncio.get_running_loop())
+        return self._stragglers or ()
 
     @property
     def local_rank(self) -> int:
@@ -306,13 +315,15 @@ def _find_stragglers_soon(handler: SubprocessHandler) -> None:
 
 
 def _find_stragglers(loop: asyncio.AbstractEventLoop) -> None:
-    handlers = _asking.pop(loop)
+    handlers = _asking.pop(loop, [])
+    if not handlers:
+        return  # one of them has been asked already
     groups: dict[int, list[procfs.ProcessEntry]] = {handler.pid: [] for handler in handlers}
     for entry in procfs.entries():
         if entry.process_group in groups:
             groups[entry.process_group].append(entry)
     for handler in handlers:
-        handler.stragglers = tuple(groups[handler.pid])
+        handler._stragglers = tuple(groups[handler.pid])
 
 
 def _open_log(plan: WorkerPlan, path: str | None, opened: list[int]) -> int | None:

@@ -259,6 +259,23 @@ async def test_the_group_of_a_dead_leader_is_signalled(channel: Channel) -> None
     assert not handler.send_signal(signal.SIGKILL)
 
 
+async def test_who_is_left_is_known_as_soon_as_the_exit_is(channel: Channel) -> None:
+    """Also to whoever asks in the very turn of the loop in which it was learnt."""
+    left: list[int] = []
+
+    def on_exit(handler: SubprocessHandler, _: Exit) -> None:
+        left.extend(entry.pid for entry in handler.stragglers)
+
+    script = 'sh -c "echo ready 0 \\$\\$ > $CHANNEL; exec sleep 1000" & ' + READY + HELD + "exit 3"
+    handler = await begin(script, channel, on_exit=on_exit)
+    children = await channel.pids(2)
+    await channel.open_gate()
+    assert await ended(handler) == 3
+    assert left == [children[0]]
+    assert handler.close()
+    await gone(children[0])
+
+
 async def test_nobody_else_is_signalled_in_the_place_of_the_dead(channel: Channel) -> None:
     """A pid is given out again; the start time tells who has it now (proc(5))."""
     handler = await begin("exit 0", channel)
@@ -268,7 +285,7 @@ async def test_nobody_else_is_signalled_in_the_place_of_the_dead(channel: Channe
     entry = procfs.read_entry(stranger.pid)
     assert entry is not None
     earlier = procfs.ProcessEntry(**{**_fields(entry), "start_ticks": entry.start_ticks - 1})
-    handler.stragglers = (earlier,)
+    handler._stragglers = (earlier,)
     assert not handler.send_signal(signal.SIGKILL)
     assert stranger.running
     assert is_alive(stranger.pid)

@@ -572,6 +572,10 @@ async def test_an_ended_group_does_not_wait_for_a_reader_who_has_stopped(reader:
     with contextlib.redirect_stdout(reader.stream):
         await asyncio.to_thread(_run_and_cancel, main)
     reader.close_writing()
+    # Told to end, they do so by themselves: nobody waits for a write that may never be over.
+    for thread in threading.enumerate():
+        if thread.name.startswith("asupervise"):
+            await asyncio.to_thread(thread.join, 30)
     assert threading.active_count() <= before + 1  # asyncio's own, of `to_thread`
     reader.read_rest()
 

@@ -56,7 +56,8 @@ class Console:
     """A destination of lines: a terminal, a pipe, a file, or any object with ``write(str)``.
 
     One that has ``async awrite(str)`` as well is waited for where it is slow; what is much at once
-    is given to its ``write_waiting(str)``, in a thread.
+    is given to its ``write_as_is`` (bytes, in parts) or, where that returns False, to its
+    ``write_waiting(str)``, in a thread.
 
     Bytes that are not UTF-8 pass unharmed to a descriptor, and as escapes (``\\xff``) to what
     is read as text: ``io.StringIO``, a notebook's stream, pytest's `capsys` (which breaks off the
@@ -144,10 +145,11 @@ class Console:
             await self._unless_broken(self._in_thread(self._write_waiting, blocks))
 
     def _write_waiting(self, blocks: Blocks[Parts]) -> None:
-        write = type(self._stream).write_waiting
+        stream = self._stream
         with closing(blocks):
             for parts in blocks:
-                write(self._stream, self._decoder.decode(b"".join(parts)))
+                if parts and not stream.write_as_is(parts):
+                    stream.write_waiting(self._decoder.decode(b"".join(parts)))
 
     def _all_joined(self, owner: object, framings: Blocks[Framed]) -> Blocks[Parts]:
         with closing(framings):

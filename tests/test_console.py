@@ -420,6 +420,12 @@ class Patient:
         await asyncio.sleep(0)
         self.taken.append(("loop", text))
 
+    def write_as_is(self, parts: list[bytes]) -> bool:
+        data = b"".join(parts)
+        if data.isascii():
+            self.taken.append(("as is", data.decode()))
+        return data.isascii()
+
     def write_waiting(self, text: str) -> None:
         assert threading.current_thread() is not threading.main_thread()
         self.taken.append(("thread", text))
@@ -434,5 +440,5 @@ async def test_a_stream_that_can_be_waited_for_is(threads: ThreadPoolExecutor) -
     async with console.turn:
         await console.write_all("w0", (whole(line) for line in (b"a\n", b"\xff\n")))
     assert stream.taken == [
-        ("loop", "[w0]:\\xff\\xfe\0 \xe9\n"), ("thread", "a\n"), ("thread", "\\xff\n"),
+        ("loop", "[w0]:\\xff\\xfe\0 \xe9\n"), ("as is", "a\n"), ("thread", "\\xff\n"),
     ]  # fmt: skip

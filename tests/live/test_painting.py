@@ -14,9 +14,9 @@ SIZE = Size(40, 10)
 TABLE = [Drawn("one", 3), Drawn("two", 3), Drawn("three", 5)]
 
 
-def written(parts: list[str]) -> str:
+def written(parts: list[bytes]) -> str:
     """Without what makes it appear at once, with ESC as a letter that can be read."""
-    text = "".join(parts)
+    text = b"".join(parts).decode()
     assert text.startswith("\x1b[?2026h")
     assert text.endswith("\x1b[?2026l")
     return text[8:-8].replace("\x1b[", "E").replace("\r\n", "\n")
@@ -24,50 +24,50 @@ def written(parts: list[str]) -> str:
 
 def test_a_table_is_drawn_over_itself() -> None:
     painter = Painter()
-    assert written(painter.paint("", TABLE, SIZE)) == "\roneEK\ntwoEK\nthreeEKEJ"
-    assert written(painter.paint("", TABLE[:2], SIZE)) == "\rE2AoneEK\ntwoEKEJ"
-    assert written(painter.paint("", [], SIZE)) == "\rE1AEJ"
+    assert written(painter.paint([], TABLE, SIZE)) == "\roneEK\ntwoEK\nthreeEKEJ"
+    assert written(painter.paint([], TABLE[:2], SIZE)) == "\rE2AoneEK\ntwoEKEJ"
+    assert written(painter.paint([], [], SIZE)) == "\rE1AEJ"
 
 
 def test_lines_take_the_place_of_the_table_which_goes_below() -> None:
     painter = Painter()
-    painter.paint("", TABLE, SIZE)
-    assert written(painter.paint("a\nb\n", TABLE[:1], SIZE)) == "\rE2AE3Ma\nb\noneEKEJ"
+    painter.paint([], TABLE, SIZE)
+    assert written(painter.paint([b"a\n", b"b\n"], TABLE[:1], SIZE)) == "\rE2AE3Ma\nb\noneEKEJ"
 
 
 def test_a_table_that_is_forgotten_stays() -> None:
     painter = Painter()
-    painter.paint("", TABLE, SIZE)
+    painter.paint([], TABLE, SIZE)
     painter.forget_table()
-    assert written(painter.paint("a\n", TABLE[:1], SIZE)) == "\ra\noneEKEJ"
+    assert written(painter.paint([b"a\n"], TABLE[:1], SIZE)) == "\ra\noneEKEJ"
 
 
 def test_another_size_draws_all_of_the_screen_anew() -> None:
     painter = Painter()
     lines = "".join(f"line {i} {'x' * 30}\n" for i in range(20))
-    painter.paint(lines, TABLE, SIZE)
+    painter.paint([lines.encode()], TABLE, SIZE)
     # The last ones, for seven rows of twenty cells: of the first, only its end is on the screen.
-    drawn = written(painter.paint("", TABLE, Size(20, 10)))
+    drawn = written(painter.paint([], TABLE, Size(20, 10)))
     assert drawn == (
         "EH" + f"{'x' * 18}EK\n" + "".join(f"line {i} {'x' * 30}EK\n" for i in (17, 18, 19))
         + "oneEK\ntwoEK\nthreeEKEJ"
     )  # fmt: skip
-    assert written(painter.paint("", TABLE, Size(80, 4))).startswith("EHline 19 ")
+    assert written(painter.paint([], TABLE, Size(80, 4))).startswith("EHline 19 ")
 
 
 def test_what_was_there_before_us_goes_into_the_history_once() -> None:
     painter = Painter()
-    painter.paint("a\n", [Drawn("x" * 39, 39)], SIZE)
-    drawn = written(painter.paint("b\n", TABLE, Size(20, 6)))
+    painter.paint([b"a\n"], [Drawn("x" * 39, 39)], SIZE)
+    drawn = written(painter.paint([b"b\n"], TABLE, Size(20, 6)))
     # Its 39 cells take two rows by now.
-    assert drawn == "\rE1AE2ME6;1H" + "\n" * 6 + "EHaEK\nbEK\noneEK\ntwoEK\nthreeEKEJ"
-    assert written(painter.paint("", TABLE, SIZE)).startswith("EHaEK\nbEK\none")
+    assert drawn == "\rE1AE2ME6;1H" + "\n" * 6 + "EHaEK\nb\noneEK\ntwoEK\nthreeEKEJ"
+    assert written(painter.paint([], TABLE, SIZE)).startswith("EHaEK\nbEK\none")
 
 
 def test_a_line_that_fills_its_row_keeps_its_last_cell() -> None:
     painter = Painter()
-    painter.paint(f"{'x' * 20}\n\x1b[31m{'y' * 19}\x1b[0m\n", TABLE, SIZE)
-    drawn = written(painter.paint("", TABLE, Size(20, 5)))
+    painter.paint([f"{'x' * 20}\n\x1b[31m{'y' * 19}\x1b[0m\n".encode()], TABLE, SIZE)
+    drawn = written(painter.paint([], TABLE, Size(20, 5)))
     assert f"EH{'x' * 20}\nE31m{'y' * 19}E0mEK\n" in drawn
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asupervise.views.live.text import harmless, in_a_cell
+from asupervise.views.live.text import are_harmless, harmless, in_a_cell
 
 COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 
@@ -103,3 +103,28 @@ def test_it_takes_linear_time() -> None:
     # Each would take minutes with a pattern that goes back and forth.
     for piece in ("\x1b[", "\x1b[1;", "\r", "\x1b[" + " " * 9, "\x1b[31m", "\x1b]"):
         harmless(piece * 200_000, colours=True)
+
+
+pieces = st.sampled_from(
+    [PREFIX, "hello", "\n", "\x1b[31m", "\x1b[0m", "\x1b", "[w0]:", "ü", "\0", "\t", "\x1b[36m"]
+)
+
+
+@given(st.lists(st.lists(pieces).map("".join), min_size=1), st.booleans())
+def test_what_passes_as_it_is_is_what_would_be_shown(parts: list[str], colours: bool) -> None:
+    if are_harmless([part.encode() for part in parts], colours=colours):
+        text = "".join(parts)
+        shown = harmless(text, colours=colours)
+        # Beside an end of colours that nothing needs.
+        assert shown.replace("\x1b[0m\n", "\n").removesuffix("\x1b[0m") == (
+            text.replace("\x1b[0m\n", "\n").removesuffix("\x1b[0m")
+        )
+
+
+def test_lines_of_one_worker_pass_as_they_are() -> None:
+    prefix = PREFIX.encode()
+    block = b"two\n" + prefix + b"three"
+    assert are_harmless([prefix + b"one\n", prefix, block, b"\n"], colours=True)
+    assert not are_harmless([prefix + b"one\n", prefix, block, b"\n"], colours=False)
+    assert not are_harmless([prefix + b"one\n", b"\x1b[31mred\n"], colours=True)
+    assert are_harmless([b"[w0]:one\n", b"\ttwo\n"], colours=False)

@@ -218,7 +218,7 @@ async def test_who_has_much_to_show_waits_for_the_terminal(deaf_terminal: Pty) -
 async def test_a_terminal_that_is_gone_is_told_to_who_writes(
     terminal: Pty, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hang_up(self: Terminal, parts: list[str]) -> None:
+    def hang_up(self: Terminal, parts: list[bytes]) -> None:
         raise OSError(5, "Input/output error")
 
     async def write_on(above: Above) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final, Protocol
 
-from asupervise.views.live.text import harmless, in_a_cell
+from asupervise.views.live.text import are_harmless, harmless, in_a_cell
 
 __all__ = ["Above", "Taker", "standing_in"]
 
@@ -20,7 +20,7 @@ _UNFINISHED_CHARS: Final = 8192
 class Taker(Protocol):
     """Who shows lines above the table."""
 
-    def take(self, lines: str) -> None:
+    def take(self, lines: bytes) -> None:
         """Show them soon; may be called in any thread."""
 
     async def wait_taken(self) -> None:
@@ -30,8 +30,8 @@ class Taker(Protocol):
             OSError: the terminal is gone.
         """
 
-    def show_now(self, lines: str) -> None:
-        """Show them; for a thread that may wait.
+    def show_now(self, lines: Sequence[bytes]) -> None:
+        """Show them, given in pieces; for a thread that may wait.
 
         Raises:
             OSError: the terminal is gone.
@@ -82,20 +82,26 @@ class Above(io.TextIOBase):
 
     def write_waiting(self, text: str) -> None:
         """Likewise in a thread: where there is much, that is less work."""
-        self._taker.show_now(self._whole_lines(text))
+        self._taker.show_now([self._whole_lines(text)])
 
-    def _whole_lines(self, text: str) -> str:
+    def write_as_is(self, parts: Sequence[bytes]) -> bool:
+        """Likewise of bytes, which need not become text for it; False if they have to."""
+        if self._begun or not parts[-1].endswith(b"\n"):
+            return False
+        if not are_harmless(parts, colours=self._colours):
+            return False
+        self._taker.show_now(parts)
+        return True
+
+    def _whole_lines(self, text: str) -> bytes:
         """What it completes."""
         end = text.rfind("\n") + 1
-        # As it is, where that is possible: large blocks pass here.
-        whole, rest = (text, "") if end == len(text) else (text[:end], text[end:])
         with self._turn:
-            if end and self._begun:
-                whole, self._begun = self._begun + whole, ""
-            self._begun += rest
+            whole = self._begun + text[:end] if end else ""
+            self._begun = text[end:] if end else self._begun + text
             if len(self._begun) > _UNFINISHED_CHARS:
                 whole, self._begun = f"{whole}{self._begun}\n", ""
-        return harmless(whole, colours=self._colours)
+        return harmless(whole, colours=self._colours).encode("utf-8", "replace")
 
     def finish(self) -> None:
         """Nothing more will come: what there is of a line is shown as one."""

@@ -48,7 +48,7 @@ class Canvas:
         """The table that is drawn from now on, and the size that it was laid out for."""
         self._table = size, [self._draw(line) for line in table]
 
-    def show(self, lines: Callable[[], str], end: str = "") -> None:
+    def show(self, lines: Callable[[], Sequence[bytes]], end: str = "") -> None:
         """Draw; for a thread that may wait.
 
         Args:
@@ -59,13 +59,13 @@ class Canvas:
             OSError: the terminal is gone.
         """
         with self._turn:
-            self._terminal.write([*self._painted(lines()), end])
+            self._terminal.write([*self._painted(lines()), end.encode()])
 
-    def _painted(self, lines: str) -> list[str]:
+    def _painted(self, lines: Sequence[bytes]) -> list[bytes]:
         if self._paused or not self._terminal.in_foreground:
             # Lines may appear on a shell's terminal, as those of any program.
             self._away = True
-            return [lines]
+            return list(lines)
         first = ""
         if self._away:
             self._away = False
@@ -74,7 +74,7 @@ class Canvas:
             first = HIDE_CURSOR
         size, table = self._table
         begun = [self._draw((Span(end_of(line, size.columns - 1)),)) for line in self._begun()]
-        return [first, *self._painter.paint(lines, [*begun, *table], size)]
+        return [first.encode(), *self._painter.paint(lines, [*begun, *table], size)]
 
     # --- whose it is ----------------------------------------------------------------------------
 

@@ -30,14 +30,14 @@ from asupervise.views.live.tty import Terminal
 __all__ = ["LiveView", "Look"]
 
 # So often the table is laid out anew at the most, where something has changed...
-_TABLE_S: Final = 0.125
+_TABLE_S: Final = 0.2
 # ... and so often in any case: clocks go on.
 _TICK_S: Final = 1.0
 # Lines that come one by one are put together for so long, unless there are as many as this.
 _LINES_S: Final = 0.04
-_LINES_CHARS: Final = 32 * 1024
+_LINES_BYTES: Final = 32 * 1024
 # Who has more than that waiting waits for the terminal.
-_WAITING_CHARS: Final = 256 * 1024
+_WAITING_BYTES: Final = 256 * 1024
 Key = tuple[str, int]
 Lines = Mapping[Key, str]
 
@@ -101,7 +101,7 @@ class LiveView:
 
     # --- what others do -------------------------------------------------------------------------
 
-    def take(self, lines: str) -> None:
+    def take(self, lines: bytes) -> None:
         """Show lines above the table, soon; may be called in any thread."""
         self._waiting.add(lines)
 
@@ -113,18 +113,18 @@ class LiveView:
         """
         await self._waiting.wait_taken()
 
-    def show_now(self, lines: str) -> None:
-        """Show lines above the table; for a thread that may wait.
+    def show_now(self, lines: Sequence[bytes]) -> None:
+        """Show lines above the table, given in pieces; for a thread that may wait.
 
         Raises:
             OSError: the terminal is gone.
         """
         if self._canvas.is_stale:
             # Nobody but the event loop can lay out the table anew.
-            self._waiting.add(lines)
+            self._waiting.add(b"".join(lines))
             self._loop.call_soon_threadsafe(self._layout_soon)
             return
-        self._canvas.show(lambda: self._waiting.take_all() + lines)
+        self._canvas.show(lambda: [*self._waiting.take_all(), *lines])
         if not self._changed:
             # Who has written something has another last line, most likely.
             self._loop.call_soon_threadsafe(self._layout_soon)
@@ -211,7 +211,7 @@ class LiveView:
 
     def _due_s(self) -> float:
         """When to paint next, on the loop's clock."""
-        if self._waiting.chars >= _LINES_CHARS:
+        if self._waiting.size >= _LINES_BYTES:
             return self._painted_s
         due = self._laid_out_s + (_TABLE_S if self._changed else _TICK_S)
         if self._waiting.touched:
@@ -272,28 +272,28 @@ class _Waiting:
         stir: called in the event loop when there is something to do.
 
     Attributes:
-        chars: how much there is.
+        size: how much there is, in bytes.
         touched: whether there is anything new.
     """
 
     def __init__(self, stir: Callable[[], None]) -> None:
-        self.chars = 0
+        self.size = 0
         self.touched = False
         self._stir = stir
         self._loop = asyncio.get_running_loop()
         self._own_thread = threading.get_ident()
-        self._parts: list[str] = []
+        self._parts: list[bytes] = []
         # The host may print in threads.
         self._turn = threading.Lock()
         self._taken = asyncio.Event()
         self._broken: OSError | None = None
 
-    def add(self, lines: str) -> None:
+    def add(self, lines: bytes) -> None:
         with self._turn:
             if self._broken is not None:
                 return
-            before, self.chars = self.chars, self.chars + len(lines)
-            news = not self.touched or before < _LINES_CHARS <= self.chars
+            before, self.size = self.size, self.size + len(lines)
+            news = not self.touched or before < _LINES_BYTES <= self.size
             self.touched = True
             self._parts.append(lines)
         if news:
@@ -306,15 +306,16 @@ class _Waiting:
             with suppress(RuntimeError):  # the loop has been closed meanwhile
                 self._loop.call_soon_threadsafe(call)
 
-    def take_all(self) -> str:
+    def take_all(self) -> Sequence[bytes]:
         with self._turn:
-            parts, self._parts, self.chars, self.touched = self._parts, [], 0, False
+            parts, self._parts, self.size, self.touched = self._parts, [], 0, False
         # While these are written the next ones may come.
         self._in_loop(self._taken.set)
-        return parts[0] if len(parts) == 1 else "".join(parts)
+        # The kernel takes a thousand pieces at a time; many are small.
+        return [b"".join(parts)]
 
     async def wait_taken(self) -> None:
-        while self.chars > _WAITING_CHARS and self._broken is None:
+        while self.size > _WAITING_BYTES and self._broken is None:
             self._taken.clear()
             await self._taken.wait()
         if self._broken is not None:
@@ -323,5 +324,5 @@ class _Waiting:
     def give_up(self, why: OSError) -> None:
         """Nothing will be shown any more."""
         with self._turn:
-            self._broken, self._parts, self.chars = why, [], 0
+            self._broken, self._parts, self.size = why, [], 0
         self._taken.set()

@@ -13,6 +13,7 @@ screen is drawn anew.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -35,7 +36,7 @@ _TO_SCREEN_END: Final = "\x1b[J"
 # some keep a copy (tmux, "scroll-on-clear").
 _HOME: Final = "\x1b[H"
 # Enough to fill a large screen once more.
-_TAIL_CHARS: Final = 64 * 1024
+_TAIL_BYTES: Final = 64 * 1024
 _COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 
 _STYLES: Final = {
@@ -108,44 +109,50 @@ class Painter:
     def __init__(self) -> None:
         self._drawn: tuple[Drawn, ...] = ()
         self._size: Size | None = None
-        # The last lines above the table.
-        self._tail = ""
+        # The last lines above the table, in pieces, and how long those are together.
+        self._tail: deque[bytes] = deque()
+        self._tail_bytes = 0
         # Whether all of the screen was drawn by us: then it may be drawn anew.
         self._is_ours = False
 
-    def paint(self, text: str, table: Sequence[Drawn], size: Size) -> list[str]:
-        """Show lines above the table, and the table: what is to be written, in parts.
+    def paint(self, lines: Sequence[bytes], table: Sequence[Drawn], size: Size) -> list[bytes]:
+        """Show lines above the table, and the table: what is to be written, in pieces.
 
         Args:
-            text: whole lines, harmless ones; may be empty.
+            lines: whole lines, harmless ones, in pieces.
             table: its lines, each narrower than the terminal.
             size: of the terminal, now.
         """
-        if text:
-            self._tail = (self._tail + text[-_TAIL_CHARS:])[-_TAIL_CHARS:]
         rows = len(self._drawn)
         if self._size not in (None, size):
-            parts = self._all_anew(size, len(table))
+            begin = self._all_anew(size, len(table))
         else:
             # Where nothing is written above it, it is drawn over itself, and does not flicker.
-            parts = [_up(rows - 1), _delete_lines(rows) if text else "", text]
-        parts += [f"{_TO_LINE_END}\r\n".join(line.text for line in table)]
+            begin = _up(rows - 1) + (_delete_lines(rows) if any(lines) else "")
+        end = f"{_TO_LINE_END}\r\n".join(line.text for line in table)
         # After the last line too, and below it: there may have been more of them.
-        parts += [_TO_LINE_END if table else "", _TO_SCREEN_END]
+        end += f"{_TO_LINE_END if table else ''}{_TO_SCREEN_END}{_END}"
         self._drawn, self._size = tuple(table), size
-        return [_BEGIN, *parts, _END]
+        self._keep(lines)
+        return [f"{_BEGIN}{begin}".encode(), *lines, end.encode()]
+
+    def _keep(self, lines: Sequence[bytes]) -> None:
+        self._tail += lines
+        self._tail_bytes += sum(map(len, lines))
+        while self._tail and self._tail_bytes - len(self._tail[0]) >= _TAIL_BYTES:
+            self._tail_bytes -= len(self._tail.popleft())
 
     def forget_table(self) -> None:
         """It stays where it is; the next one is drawn below what somebody else writes."""
         self._drawn = ()
         self._is_ours = False
 
-    def _all_anew(self, size: Size, below: int) -> list[str]:
+    def _all_anew(self, size: Size, below: int) -> str:
         """The last lines, on a screen on which nobody knows what stands where."""
         lines, fill = self._last_lines(size, max(size.lines - below, 0))
         away = "" if fill or self._is_ours else self._all_away(size)
         self._is_ours = True
-        return [away, _HOME, *lines]
+        return "".join([away, _HOME, *lines])
 
     def _all_away(self, size: Size) -> str:
         """What is on the screen goes into the terminal's history, as well as may be without us."""
@@ -160,7 +167,8 @@ class Painter:
     def _last_lines(self, size: Size, room: int) -> tuple[list[str], bool]:
         """The last lines, for so many rows, and whether they fill them."""
         lines: list[str] = []
-        for line in reversed(self._tail.split("\n")[:-1]):
+        tail = b"".join(self._tail)[-_TAIL_BYTES:].decode("utf-8", "replace")
+        for line in reversed(tail.split("\n")[:-1]):
             plain = _COLOUR.sub("", line).expandtabs()
             cells = cell_len(plain)
             rows = _rows(cells, size.columns)

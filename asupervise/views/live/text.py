@@ -7,11 +7,12 @@ left out. But colours may stay, where they end in their own line.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from asupervise.views.plain import SEQUENCE, UNSHOWN, shown, without_sequences
 
-__all__ = ["harmless", "in_a_cell"]
+__all__ = ["are_harmless", "harmless", "in_a_cell"]
 
 _ESC: Final = "\x1b"
 # C0 but for the newline, the tab and ESC, and DEL.
@@ -27,7 +28,7 @@ _COLOUR: Final = re.compile(rf"\x1b\[[0-9;:]{{0,{_MOST_COLOURS}}}m")
 _COLOURED: Final = re.compile(r"^[^\n\x1b]*\x1b.*", re.MULTILINE)
 _PLAIN: Final = bytes(range(0x20, 0x7F)) + b"\t\n"
 # A prefix in a colour, which ends with it.
-_PREFIX: Final = re.compile(rf"(?:{_COLOUR.pattern})+[ -~]{{1,200}}?\x1b\[0m")
+_PREFIX: Final = re.compile(rf"(?:{_COLOUR.pattern})+[ -~]{{1,200}}?\x1b\[0m".encode())
 
 
 def harmless(text: str, *, colours: bool = False) -> str:
@@ -43,7 +44,9 @@ def harmless(text: str, *, colours: bool = False) -> str:
         >>> harmless("\x1b[31mred\n", colours=True)
         '\x1b[31mred\x1b[0m\n'
     """
-    if (colours and _has_only_prefixes(text)) or _is_harmless(text, colours):
+    if text.isascii() and are_harmless([text.encode()], colours=colours):
+        return text
+    if _is_harmless(text, colours):
         return text
     if colours and _is_harmless(_COLOUR.sub("", text), colours):
         return _COLOURED.sub(rf"\g<0>{_END_OF_COLOURS}", text)
@@ -53,18 +56,28 @@ def harmless(text: str, *, colours: bool = False) -> str:
     )
 
 
-def _has_only_prefixes(text: str) -> bool:
-    """Whether nothing in it is special but one prefix, often, in a colour that ends with it.
+def are_harmless(parts: Sequence[bytes], *, colours: bool) -> bool:
+    """Whether lines are harmless as they are, as far as that is seen at once.
 
-    Of most workers nothing else comes, and a lot of it: this is sixty times as fast as to look at
-    each line.
+    Of most workers there is nothing special but one prefix, often, in a colour that ends with it,
+    and a lot of that: this is sixty times as fast as to look at each line.
+
+    Args:
+        parts: whole lines, as UTF-8, in pieces.
+        colours: whether colours stay.
     """
-    if (prefix := _PREFIX.match(text)) is None or not text.isascii():
+    special = [part.translate(None, _PLAIN) for part in parts]
+    if not any(special):
+        return True
+    prefix = _PREFIX.match(parts[0])
+    if not colours or prefix is None or any(each.strip(b"\x1b") for each in special):
         return False
-    special = text.encode().translate(None, _PLAIN)
-    of_prefix = prefix[0].count("\x1b")
+    of_prefix = prefix[0].count(b"\x1b")
     # All that is special is the beginning of a colour, and all of those are the prefix's.
-    return not special.strip(b"\x1b") and len(special) == of_prefix * text.count(prefix[0])
+    return all(
+        len(each) == of_prefix * part.count(prefix[0])
+        for each, part in zip(special, parts, strict=True)
+    )
 
 
 def in_a_cell(text: str) -> str:

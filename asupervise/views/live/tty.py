@@ -132,21 +132,17 @@ class Terminal:
             with suppress(OSError, termios.error):
                 termios.tcsetattr(self._fd, termios.TCSANOW, modes)
 
-    def write(self, parts: Sequence[str]) -> None:
+    def write(self, parts: Sequence[bytes]) -> None:
         """Write all of it, waiting where the terminal is slow; for a thread.
-
-        Args:
-            parts: what is written; the larger ones by themselves, because text that is all ASCII is
-                encoded without any work.
 
         Raises:
             OSError: the terminal is gone.
         """
-        data = memoryview(b"".join([part.encode("utf-8", "surrogateescape") for part in parts]))
+        left: list[bytes | memoryview] = [part for part in parts if part]
         out = self._fd if self._patient < 0 else self._patient
-        while data and not self._hurried:
+        while left and not self._hurried:
             try:
-                data = data[os.write(out, data) :]
+                left = _without_first(left, os.writev(out, left))
             except BlockingIOError:
                 # It was made so: by `hurry`, or by whoever else has our caller's open.
                 if not self._hurried:
@@ -188,6 +184,15 @@ def _opened_anew(fd: int) -> int:
         return own
     os.close(own)
     return -1
+
+
+def _without_first(parts: list[bytes | memoryview], size: int) -> list[bytes | memoryview]:
+    """What is left when so much is written."""
+    for number, part in enumerate(parts):
+        if size < len(part):
+            return [memoryview(part)[size:], *parts[number + 1 :]]
+        size -= len(part)
+    return []
 
 
 def _wait_writable(fd: int) -> None:

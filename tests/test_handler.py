@@ -22,6 +22,7 @@ from asupervise._compat import Exit, run_quietly, spawn
 from asupervise.handler import SubprocessHandler
 from asupervise.plan import WorkerPlan
 from tests.workers import (
+    HELD,
     PYTHON,
     READY,
     RUNNERS,

@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,15 +139,16 @@ async def test_a_child_that_forks_and_exits_again_and_again_is_caught(channel: C
 
 
 async def test_a_grace_of_zero(channel: Channel) -> None:
-    ctx = await start(channel, STUBBORN, STUBBORN)
+    ctx = await start(channel, STUBBORN, STUBBORN, shutdown_timeout=1000)
     await channel.lines(2)
-    begin = time.monotonic()
     await ctx.close(timeout=0)
-    assert time.monotonic() - begin < 1
     assert codes(await ctx.wait()) == {0: -9, 1: -9}
 
 
-async def test_no_grace_for_a_daemon_when_somebody_is_in_a_hurry(channel: Channel) -> None:
+async def test_no_grace_for_a_daemon_when_somebody_is_in_a_hurry(
+    channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleanup, "SWEEP_GRACE_S", 1000.0)
     daemon = (
         "(trap '' TERM; setsid sh -c 'echo ready 9 $$ > $CHANNEL; exec sleep 1000' &); " + STUBBORN
     )
@@ -156,10 +156,8 @@ async def test_no_grace_for_a_daemon_when_somebody_is_in_a_hurry(channel: Channe
     pids = await channel.pids(2)
     slow = asyncio.create_task(ctx.close(timeout=1000))
     await settle()
-    begin = time.monotonic()
     await ctx.close(signal.SIGKILL, 0)
     await slow
-    assert time.monotonic() - begin < cleanup.SWEEP_GRACE_S
     await gone(pids[9])
 
 
@@ -182,14 +180,13 @@ async def test_a_look_that_hangs_is_cut_short_by_a_hurry(
 ) -> None:
     look = Look()
     monkeypatch.setattr("asupervise.diagnosis.Diagnosis.before_kill", lambda self: look())
+    monkeypatch.setattr(cleanup, "_LAST_LOOK_S", 1000.0)
     ctx = await start(channel, STUBBORN)
     await channel.lines(1)
     slow = asyncio.create_task(ctx.close(timeout=0.01))
     await look.began.wait()
-    begin = time.monotonic()
     await ctx.close(signal.SIGKILL, 0)
     await slow
-    assert time.monotonic() - begin < 1
 
 
 async def test_a_look_that_fails_does_not_keep_the_group_alive(
@@ -226,9 +223,7 @@ async def test_a_daemon_in_uninterruptible_sleep_is_named(
     monkeypatch.setattr(
         procfs, "send_to_process", lambda entry, sig: entry.pid == pid or send(entry, sig)
     )
-    begin = time.monotonic()
     await ctx.close(timeout=0.1)
-    assert time.monotonic() - begin < 2
     result = await ctx.wait()
     assert result is not None
     monkeypatch.undo()
@@ -439,11 +434,11 @@ async def test_a_worker_that_misbehaves(what: str, channel: Channel, tmp_path: P
     args = {0: (script,), 1: (f"import os, time\n{tell}time.sleep(1000)",)}
     envs = {rank: {"CHANNEL": str(channel.path)} for rank in args}
     logs = DefaultLogsSpecs(str(tmp_path / "logs"), Std.ALL, Std.OUT)
-    async with start_processes("t", list(PYTHON), args, envs, logs) as ctx:
+    # It ends on SIGTERM: the test would be too long, were the grace waited for.
+    options = {"logs_specs": logs, "shutdown_timeout": 1000}
+    async with start_processes("t", list(PYTHON), args, envs, **options) as ctx:
         await channel.lines(1 if what == "stops itself" else 2)
         assert await ctx.wait(0) is None
-        begin = time.monotonic()
-    assert time.monotonic() - begin < 5
     assert codes(await ctx.wait()) == {0: -15, 1: -15}
 
 

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -54,8 +53,9 @@ def test_word_count_reports_progress_on_stderr(run_cli) -> None:
 
 
 def test_failing_names_the_rank_and_its_error(run_cli, tmp_path: Path) -> None:
-    started = time.monotonic()
-    arguments = ("--nproc-per-node", 3, "--log-dir", tmp_path, EXAMPLES / "failing.py")
+    # The other ranks wait for ever, and end on SIGTERM: nobody waits for the grace.
+    arguments = ("--nproc-per-node", 3, "--log-dir", tmp_path, "--shutdown-timeout", 1000,
+                 EXAMPLES / "failing.py")  # fmt: skip
     done = run_cli(*arguments)
     assert done.returncode == 1
     assert done.stdout == b""
@@ -63,8 +63,6 @@ def test_failing_names_the_rank_and_its_error(run_cli, tmp_path: Path) -> None:
     root_cause = report[report.index("Root Cause") :]
     assert re.search(r"rank\s*: 1 \(local_rank: 1\)", root_cause)
     assert "ValueError: shard 1 is truncated: 1,024 records expected, 17 found" in root_cause
-    # The other ranks wait for ever, and end on SIGTERM: nobody waited for the 30 s of grace.
-    assert time.monotonic() - started < 25
 
 
 def test_async_app_runs_two_groups_and_ends_both(tmp_path: Path) -> None:

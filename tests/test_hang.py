@@ -185,7 +185,7 @@ async def test_a_silent_idle_worker_is_a_hang(channel: Channel, no_py_spy: None)
     began = time.monotonic()
     async with start(channel, SLEEP, hang_timeout=0.3) as ctx:
         result = await ctx.wait()
-    assert 0.3 <= time.monotonic() - began < 3
+    assert time.monotonic() - began >= 0.3
     rank, cause = root_of(result)
     assert (rank, cause[:38]) == (0, "hang: no output and no CPU use for 0.3")
     assert result is not None

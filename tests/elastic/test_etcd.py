@@ -295,13 +295,13 @@ async def test_alive_until_grows_while_the_lease_is_renewed(run: Prefixed) -> No
 async def test_close_gives_the_lease_back_and_takes_all_our_keys_along(run: Prefixed) -> None:
     async with run.engine() as other:
         leases = run.leases()
-        async with run.engine() as engine:
+        # Long enough that its end is not what takes them.
+        async with run.engine(lease_s=1000.0) as engine:
             after = await engine.commit([], [Put("node", "", leased=True), Put("stays", "")])
             assert run.leases() == leases + 1
         closed = time.monotonic()
         changes = await changes_of(other, "node", after or 0, 1)
         assert names_and_values(changes) == [("node", None)]
-        assert time.monotonic() - closed < 1.0
         assert run.leases() == leases
         # Nothing is kept but what was to be.
         assert run.keys() == 1

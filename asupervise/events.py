@@ -77,8 +77,8 @@ class Event:
 
     def as_dict(self) -> dict[str, Any]:
         """The event as JSON has it, its kind under ``"event"``."""
-        fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-        return {"event": self.kind, **{name: _plain(value) for name, value in fields.items()}}
+        # The fields in their order: that is how they were set.
+        return {"event": self.kind, **{name: _plain(value) for name, value in vars(self).items()}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -475,7 +475,12 @@ def _read_stacks(value: Any) -> Any:
     }
 
 
+_PLAIN: Final = frozenset({bool, float, int, str, type(None)})
+
+
 def _plain(value: Any) -> Any:
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, tuple):
         return list(value)
     if isinstance(value, Mapping):

@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 import asupervise
@@ -18,6 +19,8 @@ from asupervise.bus import EventBus, Subscription
 from asupervise.logs import LogsDest
 
 if TYPE_CHECKING:
+    from json import JSONEncoder
+
     from asupervise.events import Event
 
 __all__ = ["EVENTS_FILE", "FORMAT", "REPORT_FILE", "Recorder", "header", "line_of"]
@@ -44,11 +47,16 @@ def line_of(event: Event) -> str:
 
 
 def _json(data: object) -> str:
+    return _encoder().encode(data)
+
+
+@cache
+def _encoder() -> JSONEncoder:
     # Imported here: most runs leave no folder behind.
-    import json
+    from json import JSONEncoder
 
     # Paths and arguments may hold anything: a lone surrogate is written as its escape.
-    return json.dumps(data, separators=(",", ":"), ensure_ascii=True)
+    return JSONEncoder(separators=(",", ":"), ensure_ascii=True)
 
 
 class Recorder:
@@ -102,23 +110,45 @@ class Recorder:
                 await asyncio.wait({self._task})
                 self._task.result()
             if stays:
-                # In one go with the report: most runs are over before they are settled.
                 rest = self._subscribed().take_saying_gaps()
-                await asyncio.to_thread(_append, self._run_dir, rest, self._report)
-        except _ReportError as exc:
-            if _is_there(self._run_dir):
-                return f"{self._run_dir}: no report could be made: {exc}"
+                return await asyncio.to_thread(self._complete, rest, self._whole_story(rest))
         except Exception as exc:
-            # Mostly a full disk. Whatever it is, it must not take the run's result away.
-            return f"{self._run_dir}: what has happened could not be written down: {exc}"
+            return self._not_written(exc)
         finally:
             if self._subscription is not None:
                 self._subscription.close()
         return None
 
+    def _whole_story(self, rest: Sequence[Event]) -> Sequence[Event] | None:
+        """All events, the last ones among them; None if the file alone has them."""
+        if self._task is None:
+            return rest
+        return None if self._bus.dropped else self._bus.subscribe(_QUEUE, records=True).take()
+
+    def _complete(self, rest: Sequence[Event], story: Sequence[Event] | None) -> str | None:
+        # In a thread, and in one go: most runs are over before they are settled.
+        try:
+            _append(self._run_dir, rest)
+        except Exception as exc:
+            return self._not_written(exc)
+        if self._report and _is_there(self._run_dir):
+            from asupervise.views.report import write_report
+
+            try:
+                write_report(self._run_dir, told=story)
+            except Exception as exc:
+                # Whatever is wrong with a page.
+                if _is_there(self._run_dir):
+                    return f"{self._run_dir}: no report could be made: {exc}"
+        return None
+
+    def _not_written(self, exc: Exception) -> str:
+        # Mostly a full disk. Whatever it is, it must not take the run's result away.
+        return f"{self._run_dir}: what has happened could not be written down: {exc}"
+
     async def _write_on(self, subscription: Subscription) -> None:
         # Without a pause a group of many would be written down a few starts at a time, by a thread
-        # that takes turns with the one that starts them: 2 s more for 1,024 workers.
+        # that takes turns with the one that starts them.
         while not self._over.is_set() and await subscription.wait():
             await asyncio.to_thread(_append, self._run_dir, subscription.take_saying_gaps())
             with suppress(TimeoutError):
@@ -126,28 +156,18 @@ class Recorder:
                     await self._over.wait()
 
 
-class _ReportError(Exception):
-    """Whatever is wrong with a page."""
-
-
 def _is_there(folder: str) -> bool:
     return os.path.isdir(folder)
 
 
-def _append(run_dir: str, events: Sequence[Event], report: bool = False) -> None:
-    """Write events into a run's folder, and the report, if it is wanted.
-
-    Raises:
-        OSError: if they cannot be written.
-        _ReportError: if the report cannot be made.
-    """
+def _append(run_dir: str, events: Sequence[Event]) -> None:
+    lines = [*map(line_of, events)]
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     try:
         fd = os.open(os.path.join(run_dir, EVENTS_FILE), flags, 0o600)
     except FileNotFoundError:
         return  # somebody has removed the folder meanwhile
     try:
-        lines = [*map(line_of, events)]
         if not os.fstat(fd).st_size:
             lines.insert(0, header())
         data = memoryview("".join(f"{line}\n" for line in lines).encode())
@@ -155,10 +175,3 @@ def _append(run_dir: str, events: Sequence[Event], report: bool = False) -> None
             data = data[os.write(fd, data) :]
     finally:
         os.close(fd)
-    if report:
-        from asupervise.views.report import write_report
-
-        try:
-            write_report(run_dir)
-        except Exception as exc:
-            raise _ReportError(exc) from exc

@@ -149,7 +149,7 @@ ROOMS = {
     ),
     "views.notebook": room("views.lives views.markup views.plain views.summary views.words"),
     "views.report": room(
-        "views.excerpts views.files views.happenings views.lives views.markup"
+        "events views.excerpts views.files views.happenings views.lives views.markup"
         " views.plain views.ranks views.resources views.rundir views.story views.summary"
         " views.timeline views.words"
     ),

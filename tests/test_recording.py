@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,8 +24,9 @@ from asupervise.elastic.decide import Policy
 from asupervise.events import Event, Warned, from_dict
 from asupervise.logs import LogsDest
 from asupervise.recording import EVENTS_FILE, REPORT_FILE, Recorder, header, line_of
+from asupervise.views.report import write_report
 from tests.conftest import ROOT, Run, clean_environment
-from tests.workers import READY, SLEEP, Channel, gone, settle, shell, start
+from tests.workers import HELD, READY, SLEEP, Channel, gone, settle, shell, start
 
 NEVER_S = 1000.0
 
@@ -59,6 +61,8 @@ def read(run_dir: str | Path | None) -> list[Event]:
     """The events in the folder; an unfinished last line is left out."""
     assert run_dir is not None
     *lines, _ = (Path(run_dir) / EVENTS_FILE).read_text().split("\n")
+    if not lines:
+        return []  # made just now
     first, *rest = map(json.loads, lines)
     assert first == {"event": "header", "format": 1, "version": asupervise.__version__}
     told = [from_dict(line) for line in rest]
@@ -295,11 +299,11 @@ async def test_a_slow_disk_slows_nobody(
     append = recording._append
     loop = asyncio.get_running_loop()
 
-    def slow(run_dir: str, events: list[Event], report: bool = False) -> None:
+    def slow(run_dir: str, events: list[Event]) -> None:
         if not writes:
             asyncio.run_coroutine_threadsafe(released.wait(), loop).result()
         writes.append(len(events))
-        append(run_dir, events, report)
+        append(run_dir, events)
 
     monkeypatch.setattr(recording, "_append", slow)
     monkeypatch.setattr(recording, "_SETTLED_S", 0.0)
@@ -336,6 +340,27 @@ async def test_a_recorder_may_be_finished_twice(tmp_path: Path) -> None:
     assert await recorder.finish() is None
     assert await recorder.finish() is None
     assert len(read(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("settled_s", [0.0, NEVER_S])
+async def test_the_report_is_as_it_is_made_again_from_the_files(
+    tmp_path: Path, channel: Channel, monkeypatch: pytest.MonkeyPatch, settled_s: float
+) -> None:
+    monkeypatch.setattr(recording, "_SETTLED_S", settled_s)
+    kept = logs(tmp_path / "logs", tee=Std.ALL)
+    async with start(channel, SLEEP, READY + HELD + "exit 3", logs_specs=kept) as ctx:
+        await channel.lines(2)
+        ctx.send_signal(signal.SIGWINCH)
+        await channel.open_gate()
+        await ctx.wait()
+    path = Path(ctx.log_dir or "") / REPORT_FILE
+    made = path.read_text()
+    write_report(str(path.parent))
+    assert without_moment(made) == without_moment(path.read_text())
+
+
+def without_moment(page: str) -> str:
+    return re.sub("as of [^<]*", "", page)
 
 
 # --- lines ----------------------------------------------------------------------------------------

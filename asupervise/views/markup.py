@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Final
 
 from asupervise.views.plain import PLAIN, Style, shown, styled
@@ -12,6 +14,8 @@ __all__ = ["Child", "Html", "escape", "log_html", "raw", "tag"]
 _ESCAPES: Final = str.maketrans(
     {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"}
 )
+# Most texts of a page are such, and one look is enough for them.
+_HARMLESS: Final = re.compile(r"[\t\n !#-%(-;=?-~]*")
 _VOID: Final = frozenset({"br", "hr", "input", "link", "meta"})
 
 
@@ -31,6 +35,8 @@ def escape(text: str) -> Html:
         >>> escape("<b>&")
         '&lt;b&gt;&amp;'
     """
+    if _HARMLESS.fullmatch(text):
+        return Html(text)
     return Html(shown(text).translate(_ESCAPES))
 
 
@@ -53,13 +59,18 @@ def tag(name: str, /, *children: Child, **attributes: str | float | bool | None)
     for key, value in attributes.items():
         if value is None or value is False:
             continue
-        written = key.rstrip("_").replace("_", "-")
+        written = _written(key)
         parts.append(f" {written}" if value is True else f' {written}="{_value(value)}"')
     parts.append(">")
     if name not in _VOID:
         _add(parts, children)
         parts.append(f"</{name}>")
     return Html("".join(parts))
+
+
+@cache
+def _written(key: str) -> str:
+    return key.rstrip("_").replace("_", "-")
 
 
 def _value(value: str | float) -> str:

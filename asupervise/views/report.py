@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from typing import Final
 
+from asupervise.events import Event
 from asupervise.views.excerpts import excerpts_of, link_to, logs_section
 from asupervise.views.files import log_files, tail
 from asupervise.views.happenings import Happening, happenings
@@ -41,12 +42,13 @@ _ICON: Final = (
 _ICON_COLOURS: Final = {"failed": "%23c62f3b", "succeeded": "%232e8b57", "running": "%232f6fdb"}
 
 
-def write_report(run_dir: str, path: str = "") -> str:
+def write_report(run_dir: str, path: str = "", told: Sequence[Event] | None = None) -> str:
     """Write the report, for the user alone, and at once: nobody sees a half of it.
 
     Args:
         run_dir: the run's folder.
         path: where; ``report.html`` in that folder by default.
+        told: the run's events, all of them, where they are at hand; else they are read.
 
     Returns:
         Where it is.
@@ -56,7 +58,7 @@ def write_report(run_dir: str, path: str = "") -> str:
         OSError: if it cannot be written.
     """
     path = path or os.path.join(run_dir, REPORT_FILE)
-    run = read_run(run_dir)
+    run = read_run(run_dir, told)
     folder = os.path.dirname(os.path.abspath(path))
     page = render(run, _base(run_dir, folder))
     _replace(path, page.encode("utf-8", "backslashreplace"))
@@ -146,6 +148,7 @@ def _asset(name: str) -> str:
         return file.read()
 
 
+@cache
 def _hash(text: str) -> str:
     return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
+import asupervise
 from asupervise import events as ev
 from asupervise import procfs
 from asupervise.error_files import ErrorRecord, read_error_file
@@ -136,8 +137,12 @@ def _mtime(path: str) -> float:
 # --- the run ------------------------------------------------------------------------------------
 
 
-def read_run(run_dir: str) -> Run:
+def read_run(run_dir: str, told: Sequence[ev.Event] | None = None) -> Run:
     """What is known of a run, from its folder alone.
+
+    Args:
+        run_dir: the folder.
+        told: the events, all of them, where they are at hand: they are not read again then.
 
     Raises:
         RunFolderError: for a folder that is missing, or was written by a later version.
@@ -145,7 +150,9 @@ def read_run(run_dir: str) -> Run:
     if not os.path.isdir(run_dir):
         raise RunFolderError(f"{run_dir}: there is no such folder")
     notes: list[str] = []
-    told, version = _read_events(run_dir, notes)
+    version = asupervise.__version__
+    if told is None:
+        told, version = _read_events(run_dir, notes)
     now = time.time()
     run = told_run(told, is_alive=is_alive, now=now)
     lives = with_folders(run, run_dir)

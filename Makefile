@@ -40,7 +40,7 @@ chaos-nodes: $(VENV)/.installed-test cluster-packages  ## random faults on three
 	$(PY) tests/chaos/nodes.py $(if $(SEED),--seed $(SEED)) --rounds $(or $(ROUNDS),200)
 
 bench: $(VENV)/.installed  ## how fast it is, beside its peers and limits (BENCH_ARGS=--help)
-	$(PIP) install --quiet -e '.[ui,otel,prometheus]'
+	$(PIP) install --quiet -e '.[ui,otel,prometheus,etcd]'
 	$(PY) -m benchmarks.install_peers
 	$(PY) -m benchmarks $(BENCH_ARGS)
 

@@ -14,7 +14,7 @@ import io
 import os
 import select
 import stat
-import struct
+import sys
 import termios
 import threading
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
@@ -281,8 +281,7 @@ def _is_large_pipe(fd: int) -> bool:
 
 def _waiting_bytes(fd: int) -> int:
     """How much stands in a pipe that its reader has not taken yet."""
-    (waiting,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"))
-    return int(waiting)
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
 
 
 class Writing:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_HELD_BYTES = 1 << 20
 # A match in so many bytes or more often is "dense", see `LineFilter`.
@@ -23,8 +23,7 @@ _DENSE_BYTES = 512
 _next_overwrite = re.compile(rb"\r(?=[^\r\n])").search
 
 
-@dataclass(frozen=True, slots=True)
-class Framed:
+class Framed(NamedTuple):
     """What may be shown next.
 
     The first line may continue one that is already on the console in part. Whether it can go
@@ -124,6 +123,8 @@ class LineFramer:
         end = data.rfind(b"\n") + 1
         if not end:
             return self._grow(data)
+        if end == len(data) and not (self._held or self._shown or self._head_gone):
+            return self._whole(data)
         first = data.find(b"\n") + 1
         resumed, fresh = self._completed(data[:first])
         rest = self._prefixed(data[first : end - 1]) if first < end else ()
@@ -133,6 +134,13 @@ class LineFramer:
         if grown is not None:
             return Framed(resumed, fresh, (*rest, grown.fresh), unfinished=True)
         return Framed(resumed, fresh, rest, unfinished=False)
+
+    def _whole(self, data: bytes) -> Framed:
+        """Whole lines with no begun one before them, as most blocks are."""
+        first = data.find(b"\n") + 1
+        line = data[:first]
+        fresh = self._prefix + (_without_overwritten(line) if b"\r" in line else line)
+        return Framed(fresh, fresh, self._prefixed(data[first:-1]) if data[first:] else (), False)
 
     def peek(self) -> Framed | None:
         """Give out what there is of an unfinished line, which then is known to be shown."""
@@ -216,8 +224,7 @@ def _without_overwritten(lines: bytes) -> bytes:
     return b"".join(kept)
 
 
-@dataclass(frozen=True, slots=True)
-class Picked:
+class Picked(NamedTuple):
     """The matching lines that a block completed, in order.
 
     Attributes:

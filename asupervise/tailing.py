@@ -149,13 +149,14 @@ class Tailer:
 
         Two turns of the event loop less, and half of what else a line costs.
         """
-        if self._sideline is not None or self._framer.unfinished or not self._console.takes_lines:
+        if self._stopping or self._sideline is not None or self._framer.unfinished:
             return False
-        unread = self._log.unread()
-        if not 0 < unread <= _LINES_BYTES:
+        if not self._console.takes_lines:
             return False
-        data = self._log.read_at_once(unread)
-        if not data.endswith(b"\n") or begun_in(data) is not None:
+        # Whoever gets less than he asks for has it all. How much there is is not asked before: each
+        # call of the kernel's is a twentieth of what a line takes from here to the console.
+        data = self._log.read_at_once(_LINES_BYTES + 1)
+        if len(data) > _LINES_BYTES or not data.endswith(b"\n") or begun_in(data) is not None:
             return False
         self._log.position += len(data)
         self._progress_since = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 from benchmarks.measure import SUBJECT, Candidate, Case, Goal, Metric, Sample
 from benchmarks.processes import Resident, ms
-from benchmarks.topics import IN_MEMORY, Setup, Topic
+from benchmarks.topics import IN_MEMORY, WITH_REPORT, Setup, Topic, cleaned_up
 
 _BARE = "bare asyncio"
 _BARE_FILES = "bare asyncio, to files"
@@ -38,7 +37,8 @@ async def supervised(request: dict[str, Any]) -> Sample:
     logs = DefaultLogsSpecs(request["log_dir"], redirects=redirects, tee=tee)
     start_ns = time.monotonic_ns()
     async with start_processes(
-        "bench", "/bin/true", {rank: () for rank in ranks}, {rank: {} for rank in ranks}, logs
+        *("bench", "/bin/true", {rank: () for rank in ranks}, {rank: {} for rank in ranks}, logs),
+        report=request.get("report", False),
     ) as ctx:
         result = await ctx.wait()
     end_ns = time.monotonic_ns()
@@ -63,7 +63,8 @@ def torch(request: dict[str, Any]) -> Sample:
 async def bare(request: dict[str, Any]) -> Sample:
     from benchmarks.programs.bare_asyncio import run_all
 
-    folder = os.path.join(request["log_dir"], "bare") if request.get("to_files") else None
+    files = os.path.join(request["log_dir"], f"bare-{time.monotonic_ns()}")
+    folder = files if request.get("to_files") else None
     start_ns = time.monotonic_ns()
     await run_all(request["workers"], "/bin/true", folder=folder)
     return _sample(start_ns, time.monotonic_ns(), request)
@@ -81,8 +82,7 @@ def posix_spawn(request: dict[str, Any]) -> Sample:
 
 
 def _sample(start_ns: int, end_ns: int, request: dict[str, Any]) -> Sample:
-    # Untimed, for everybody: thousands of files would slow down the rounds that follow.
-    shutil.rmtree(request["log_dir"], ignore_errors=True)
+    cleaned_up(request["log_dir"])
     return {_WALL.name: ms(start_ns, end_ns)}
 
 
@@ -116,6 +116,9 @@ def _case(setup: Setup, residents: dict[str, Resident], output: str, workers: in
         "log_dir": str(setup.scratch / "launch_api"),
     }
     candidates = list(_candidates(residents, output, request))
+    candidates.append(
+        Candidate(WITH_REPORT, partial(residents[SUBJECT].ask, {**request, "report": True}))
+    )
     if output != "console":
         for memory in setup.memory_folder("launch_api"):
             in_memory = {**request, "log_dir": memory}
@@ -167,5 +170,7 @@ TOPIC = Topic(
     notes=(
         "torch looks at its workers once a second; here, and in the other topics, it is told to "
         "do so each millisecond, except where it says otherwise.",
+        "Like the others, asupervise leaves log files and nothing else; one row shows what "
+        "events.jsonl and report.html take besides.",
     ),
 )

@@ -31,7 +31,7 @@ def _candidates(workers: int, setup: Setup) -> Iterator[Candidate]:
     for name, command in setup.peers.commands(tuple(_PEERS), workers, _PROGRAM):
         rounds, timeout_s = _PEERS[name]
         run = partial(_run, command, timeout_s)
-        yield Candidate(name, run, rounds, cold=name == "torchrun", give_up_after=4)
+        yield Candidate(name, run, rounds, cold=name == "torchrun", give_up_after=rounds)
 
 
 def _goals(workers: int) -> Iterator[Goal]:

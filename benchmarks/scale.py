@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 from benchmarks.measure import SUBJECT, Candidate, Case, Goal, Metric, Sample
 from benchmarks.processes import Marked, Resident, ms
-from benchmarks.topics import IN_MEMORY, Setup, Topic
+from benchmarks.topics import IN_MEMORY, WITH_REPORT, Setup, Topic, cleaned_up
 from benchmarks.usage import SLEEPER, Usage, cpu_ns, is_worker
 
 LIMIT = "bare asyncio"
@@ -51,7 +50,7 @@ class _Watch:
 
     def sample(self) -> Sample:
         stopped_ns = time.monotonic_ns()
-        shutil.rmtree(self._request["log_dir"], ignore_errors=True)
+        cleaned_up(self._request["log_dir"])
         cpu_s = (self._steady.cpu_ns - self._before_ns) / 1e9
         return {
             START.name: ms(self._start_ns, self._started_ns),
@@ -71,7 +70,8 @@ async def supervised(request: dict[str, Any]) -> Sample:
     logs = DefaultLogsSpecs(request["log_dir"], tee=Std.ALL)
     watch = _Watch(request)
     ctx = await start_processes(
-        "bench", SLEEPER, {rank: () for rank in ranks}, {rank: {} for rank in ranks}, logs
+        *("bench", SLEEPER, {rank: () for rank in ranks}, {rank: {} for rank in ranks}, logs),
+        report=request.get("report", False),
     )
     watch.started()
     await asyncio.sleep(request["settle_s"])
@@ -138,6 +138,8 @@ def _cases(setup: Setup) -> Iterator[Case]:
         Candidate(LIMIT, partial(run_fresh, "bare", request)),
         Candidate(SUBJECT, partial(run_fresh, "supervised", request)),
     ]
+    with_report = partial(run_fresh, "supervised", {**request, "report": True})
+    candidates.append(Candidate(WITH_REPORT, with_report, rounds=2))
     for memory in setup.memory_folder("scale"):
         in_memory = {**request, "log_dir": memory}
         candidates.append(
@@ -171,4 +173,8 @@ TOPIC = Topic(
     "ends them by SIGTERM",
     cases=_cases,
     plots=(START.name, STOP.name, MEMORY.name, _THREADS.name, _DESCRIPTORS.name),
+    notes=(
+        "Like the others, asupervise leaves log files and nothing else; one row shows what "
+        "events.jsonl and report.html take besides.",
+    ),
 )

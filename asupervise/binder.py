@@ -6,7 +6,6 @@ import asyncio
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from asupervise.errors import BindingError
@@ -37,12 +36,12 @@ def choose(
         bindings = bind_ranks(topology, options, len(spec.args), gpus=gpus)
         if spec.function is not None and spec.function.forks:
             _check_forked(options)
-            return replace(spec, bindings=bindings)
+            return spec._replace(bindings=bindings)
         tools = find_tools(parent_env)
         rewrite_argv(("true",), bindings[0], tools)
     except BindingError as exc:
         return _unbound(spec, options, exc)
-    return replace(spec, bindings=bindings, tools=tools)
+    return spec._replace(bindings=bindings, tools=tools)
 
 
 async def choose_and_probe(
@@ -91,7 +90,7 @@ def _check_forked(options: NumaOptions) -> None:
 def _unbound(spec: GroupSpec, options: NumaOptions, exc: BindingError) -> GroupSpec:
     if not options.should_fall_back_if_binding_fails:
         raise exc
-    return replace(spec, warnings=(*spec.warnings, f"running unbound: {exc}"))
+    return spec._replace(warnings=(*spec.warnings, f"running unbound: {exc}"))
 
 
 def find_tools(env: Mapping[str, str]) -> BindingTools:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from asupervise.logs import LogsDest, line_prefixes
 from asupervise.spec import GroupSpec, check_ranks
@@ -21,8 +20,7 @@ TOKEN_VARIABLE = "ASUPERVISE_TOKEN"
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerPlan:
+class WorkerPlan(NamedTuple):
     """All that is needed to start one worker.
 
     Attributes:
@@ -70,8 +68,7 @@ class WorkerPlan:
         return int(text) if known else self.local_rank
 
 
-@dataclass(frozen=True, slots=True)
-class GroupPlan:
+class GroupPlan(NamedTuple):
     """All that is needed to start a group on this node.
 
     Attributes:

@@ -132,7 +132,7 @@ def start_processes(
         memory_sample_interval_s=memory_sample_interval,
         report=report,
         console=console,
-    )
+    ).checked()
     return StartingProcesses(spec, numa_options, options, events)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from asupervise.errors import RankMapError
 from asupervise.logs import DefaultLogsSpecs, LogsSpecs
@@ -23,8 +22,7 @@ DEFAULT_MEMORY_SAMPLE_INTERVAL_S = 600.0
 _START_METHODS = ("spawn", "fork", "forkserver")
 
 
-@dataclass(frozen=True, slots=True)
-class GroupSpec:
+class GroupSpec(NamedTuple):
     """What is to be started, as given to ``start_processes``; see there.
 
     `function` is set where `entrypoint` is a callable; `entrypoint` is then its name. The fields
@@ -42,14 +40,13 @@ class GroupSpec:
     stdin: int | None = None
     function: FunctionSpec | None = None
     token: str = ""
-    bindings: Sequence[RankBinding | None] = field(default_factory=tuple)
+    bindings: Sequence[RankBinding | None] = ()
     tools: BindingTools | None = None
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """How the group is run, as given to ``start_processes``; see there."""
+class RunOptions(NamedTuple):
+    """How the group is run, as given to ``start_processes``; see there, and :meth:`checked`."""
 
     cwd: str | None = None
     shutdown_timeout_s: float = DEFAULT_SHUTDOWN_TIMEOUT_S
@@ -60,13 +57,19 @@ class RunOptions:
     report: bool = True
     console: ConsoleFormat | None = None
 
-    def __post_init__(self) -> None:
+    def checked(self) -> RunOptions:
+        """The same.
+
+        Raises:
+            ValueError: for a time that makes no sense.
+        """
         check_timeout("shutdown_timeout", self.shutdown_timeout_s)
         check_timeout("memory_sample_interval", self.memory_sample_interval_s)
         if self.hang_timeout_s is not None and not self.hang_timeout_s > 0:
             raise ValueError(
                 f"hang_timeout: {self.hang_timeout_s!r}: expected seconds above zero, or None"
             )
+        return self
 
 
 def checked_spec(

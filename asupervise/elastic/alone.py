@@ -11,7 +11,6 @@ import asyncio
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 
 from asupervise import files
 from asupervise.bus import EventBus
@@ -71,8 +70,8 @@ class Attempts:
         files.check_programs(plan.workers, os.environ, self._options.cwd)
         args = {rank: self._spec.args[rank]}
         # What its starts have left is written down together, by the service.
-        options = replace(self._options, report=False)
-        work = work_of(replace(self._spec, args=args))
+        options = self._options._replace(report=False)
+        work = work_of(self._spec._replace(args=args))
         return LoneWorker(plan, options, work, events=events)
 
     def _planned(self, count: int) -> GroupPlan:
@@ -81,7 +80,7 @@ class Attempts:
             logs = LogsDest.of(self._spec.logs_specs.reify({r: dict(envs[r]) for r in envs}))
             self._named[count] = logs, set(envs)
         named = _Named(self._named[count][0])
-        return plan_group(replace(self._spec, envs=envs, logs_specs=named), os.environ)
+        return plan_group(self._spec._replace(envs=envs, logs_specs=named), os.environ)
 
     def _forget(self, rank: int, count: int) -> None:
         left = self._named[count][1]
@@ -126,9 +125,8 @@ def only(plan: GroupPlan, rank: int) -> GroupPlan:
     worker = plan.workers[rank]
     token = f"asv-{os.urandom(8).hex()}"
     env = {**worker.env, TOKEN_VARIABLE: f"{worker.env[TOKEN_VARIABLE]}:{token}"}
-    return replace(
-        plan,
-        workers=(replace(worker, env=env),),
+    return plan._replace(
+        workers=(worker._replace(env=env),),
         logs=_only_logs(plan.logs, rank),
         token=token,
         warnings=(),

@@ -109,7 +109,7 @@ def run_services(
         memory_sample_interval_s=memory_sample_interval,
         report=report,
         console=console,
-    )
+    ).checked()
     return StartingServices(spec, numa_options, options, limits, on_restart, events)
 
 

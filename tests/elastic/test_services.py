@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +149,7 @@ def bound_attempts() -> Attempts:
         RankBinding(rank, frozenset({rank}), MemoryPolicy.NONE, frozenset(), None, "")
         for rank in range(2)
     ]
-    spec = replace(spec, bindings=bindings, tools=BindingTools(taskset="/usr/bin/taskset"))
+    spec = spec._replace(bindings=bindings, tools=BindingTools(taskset="/usr/bin/taskset"))
     return Attempts(spec, RunOptions())
 
 

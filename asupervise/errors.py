@@ -13,6 +13,8 @@ from typing import Any
 
 __all__ = [
     "BindingError",
+    "EngineError",
+    "LeaseLostError",
     "NotPermittedError",
     "NotPicklableError",
     "NotSupportedError",
@@ -109,6 +111,14 @@ class NotSupportedError(SupervisorError, ValueError):
 
     The message names what is there instead, where that is a list.
     """
+
+
+class EngineError(SupervisorError):
+    """What nodes agree through cannot be reached, or refuses us; says which and why."""
+
+
+class LeaseLostError(EngineError):
+    """Our lease has ended: our leased keys are gone, or will be in a moment."""
 
 
 class SignalException(Exception):

@@ -249,7 +249,7 @@ ROOMS = {
     "elastic.interruption": room(),
     "elastic.engine": room("errors"),
     "elastic.telling": room("bus elastic.records", lazily="failures result"),
-    "elastic.records": room("elastic.engine"),
+    "elastic.records": room("errors"),
     "elastic.decide": room("elastic.records"),
     "elastic.culprits": room("elastic.records error_files failures"),
     "elastic.values": room("elastic.decide"),

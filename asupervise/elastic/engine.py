@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from asupervise.errors import SupervisorError
+from asupervise.errors import EngineError, LeaseLostError
 
 __all__ = [
     "Absent",
@@ -27,14 +27,6 @@ __all__ = [
     "Unchanged",
     "Write",
 ]
-
-
-class EngineError(SupervisorError):
-    """The engine cannot be reached, or refuses us; says which and why."""
-
-
-class LeaseLostError(EngineError):
-    """Our lease has ended: our leased keys are gone, or will be in a moment."""
 
 
 class Entry(NamedTuple):

@@ -10,7 +10,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar, get_type_hints
 
-from asupervise.elastic.engine import EngineError
+from asupervise.errors import EngineError
 
 __all__ = [
     "Culprit",

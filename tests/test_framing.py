@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from asupervise import framing
 from asupervise.console import Console
 from asupervise.framing import Framed, LineFilter, LineFramer, Picked
 
@@ -323,14 +324,20 @@ NEEDLES = ["a", "bc", "é", "", "\n", "a\n", "ab", "bcbc", "a\nb", "prefix", "\r
 needles_strategy = st.lists(st.sampled_from(NEEDLES), max_size=4)
 
 
-@given(chunked(), needles_strategy, st.sampled_from([0, 1, 5, 1 << 20]))
-@example([b"abc", b"def\nabcdef", b"xxx\n"], ["bc"], 0)
-@example([b"ab", b"cd", b"\n"], ["bc"], 1)
+@given(
+    chunked(), needles_strategy, st.sampled_from([0, 1, 5, 1 << 20]), st.sampled_from([512, 8, 1])
+)
+@example([b"abc", b"def\nabcdef", b"xxx\n"], ["bc"], 0, 512)
+@example([b"ab", b"cd", b"\n"], ["bc"], 1, 512)
+@example([b"bc b b bc\nb b b\nbc\n", b"bc"], ["bc"], 1 << 20, 1)
 def test_the_filter_picks_what_grep_does(
-    chunks: list[bytes], needles: list[str], max_held: int
+    chunks: list[bytes], needles: list[str], max_held: int, seldom: int
 ) -> None:
+    """Whether it goes from string to string, or from one of its characters to the next."""
     line_filter = LineFilter(needles, b"[w0]:", max_held=max_held)
-    found = [*map(line_filter.feed, chunks), line_filter.end()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(framing, "_SELDOM_BYTES", seldom)
+        found = [*map(line_filter.feed, chunks), line_filter.end()]
     data = b"".join(chunks)
     assert picked(found, data, b"[w0]:") == grep(data, needles, b"[w0]:")
     assert len(line_filter._held) <= max(max_held, 10)

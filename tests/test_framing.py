@@ -329,7 +329,8 @@ needles_strategy = st.lists(st.sampled_from(NEEDLES), max_size=4)
 )
 @example([b"abc", b"def\nabcdef", b"xxx\n"], ["bc"], 0, 512)
 @example([b"ab", b"cd", b"\n"], ["bc"], 1, 512)
-@example([b"bc b b bc\nb b b\nbc\n", b"bc"], ["bc"], 1 << 20, 1)
+@example([b"bbc c c\nb c c\n"], ["bc"], 1 << 20, 1)
+@example([b"b c %s\n" % (b"x" * 99), b"%s bc\nx\n" % (b"b" * 50)], ["bc"], 1 << 20, 8)
 def test_the_filter_picks_what_grep_does(
     chunks: list[bytes], needles: list[str], max_held: int, seldom: int
 ) -> None:

@@ -116,6 +116,14 @@ def describe(pid: int) -> str:
     return f"{pid}: {command.strip() or '(zombie)'}"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _temporary_folder_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What failed runs keep goes with the rest that tests have left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _leaves_no_process_and_no_file() -> Iterator[None]:
     files, pids = open_files(), all_pids()

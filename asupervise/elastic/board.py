@@ -39,6 +39,7 @@ class Board:
         failed: each node's failure in the present round, and when it became known here.
         last: the last round that we knew, should the engine lose it.
         revision: how far we know what is written.
+        heard: how often there were news.
         broken: why nothing more will be known.
     """
 
@@ -52,6 +53,7 @@ class Board:
         self.failed: dict[str, tuple[Culprit, float]] = {}
         self.last: Round | None = None
         self.revision = 0
+        self.heard = 0
         self.broken: BaseException | None = None
 
     @property
@@ -135,13 +137,21 @@ class Board:
             )
 
     def tell(self) -> None:
+        self.heard += 1
         news, self._news = self._news, asyncio.Event()
         news.set()
 
-    async def next_news(self) -> None:
+    async def next_news(self, after: int | None = None) -> None:
+        """Wait until there are some.
+
+        Args:
+            after: what `heard` was when the caller looked; to be given by whoever has awaited
+                something else since, for there may have been news meanwhile, and the last ones.
+        """
         if self.broken is not None:
             raise self.broken
-        await self._news.wait()
+        if after is None or after == self.heard:
+            await self._news.wait()
         if self.broken is not None:
             raise self.broken
 

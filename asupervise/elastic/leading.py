@@ -71,10 +71,11 @@ class Leading:
     async def run(self) -> None:
         """Lead whenever nobody else does; never returns."""
         while True:
+            heard = self._board.heard
             try:
                 if self._board.leader is None and self._board.broken is None:
                     # Everybody tries: O(n) calls, once for each leader that is lost.
-                    await self._try_to_lead()
+                    await self._try_to_lead(heard)
                 elif self.leads:
                     await self._lead_on()
                 else:
@@ -82,11 +83,11 @@ class Leading:
             except FOR_GOOD:
                 raise
             except LeaseLostError:
-                await self._board.next_news()
+                await self._board.next_news(heard)
             except EngineError:
                 await self._board.pause()
 
-    async def _try_to_lead(self) -> None:
+    async def _try_to_lead(self, heard: int) -> None:
         put = self._leadership()
         revision = await self._engine.commit([Absent(LEADER)], [put])
         if revision is not None:
@@ -94,7 +95,7 @@ class Leading:
             self._board.tell()
         elif self._board.leader is None:
             # Another one: the watch is about to say who.
-            await self._board.next_news()
+            await self._board.next_news(heard)
 
     def _leadership(self) -> Put:
         terms = json.loads(text_of(self._terms))
@@ -109,10 +110,12 @@ class Leading:
         watching = asyncio.create_task(self._follow_nodes(snapshot.revision))
         try:
             while self.leads and not watching.done():
+                heard = self._board.heard
                 wait_s = await self._decide()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(wait_s):
-                        await self._board.next_news()
+                        # Of the end of our leadership, perhaps, and nobody would lead.
+                        await self._board.next_news(heard)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)

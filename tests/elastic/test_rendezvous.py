@@ -12,7 +12,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ import pytest
 
 from asupervise.elastic.coordinator import Coordinator, TermsError
 from asupervise.elastic.decide import Policy
-from asupervise.elastic.engine import Delete, Engine, EngineError, Put
+from asupervise.elastic.engine import Condition, Delete, Engine, EngineError, Put, Write
 from asupervise.elastic.interruption import Interruption
 from asupervise.elastic.log_engine import LogEngine, Reader
 from asupervise.elastic.records import Culprit, Node, RecordError, Round, Terms
@@ -596,6 +596,33 @@ async def test_a_leader_lost_after_a_failure(nodes: Nodes, how: str) -> None:
     round = await joined(*rest)
     assert (round.state, round.number, round.restarts) == ("running", 1, 0)
     assert hosts(round) == "abc".replace(lost.name, "")
+
+
+async def test_a_leadership_that_ends_while_it_decides(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hears of that before it is told that its decision does not count, and of nothing later."""
+    (one,) = await nodes.started("a", Terms(1, 1, max_restarts=1))
+    other = await soon(nodes.backend.engine())
+    board, commit = one.coordinator._board, one.engine.commit
+    overtaken = asyncio.Event()
+
+    async def late(conditions: Sequence[Condition], writes: Sequence[Write]) -> int | None:
+        decided = [write.value for write in writes if isinstance(write, Put)]
+        if any('"state":"running"' in value for value in decided) and not overtaken.is_set():
+            overtaken.set()
+            await other.commit([], [Delete("state/leader")])
+            while board.leader is not None:
+                await board.next_news()
+        return await commit(conditions, writes)
+
+    monkeypatch.setattr(one.engine, "commit", late)
+    try:
+        await one.fail()
+        assert (await one.join()).number == 1
+        assert overtaken.is_set()
+    finally:
+        await other.close()
 
 
 async def test_a_leader_lost_when_the_run_is_over(nodes: Nodes) -> None:

@@ -22,7 +22,7 @@ from benchmarks.peers import FOLDER, ROOT
 _PIP_TIMEOUT_S: Final = 480.0
 _APT_TIMEOUT_S: Final = 240.0
 # Each program that the system's packages bring, and its package there.
-_PACKAGES: Final = {"mpirun": "openmpi-bin", "parallel": "parallel"}
+_PACKAGES: Final = {"mpirun": "openmpi-bin", "parallel": "parallel", "etcd": "etcd-server"}
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ from asupervise import (
 from asupervise._compat import has_ended
 from asupervise.postmortem import WallClock
 from asupervise.spec import RunOptions
-from tests.workers import HELD, PYTHON, READY, SLEEP, Channel, is_alive, start
+from tests.workers import HELD, PYTHON, READY, SLEEP, Channel, gone, is_alive, start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,7 +160,7 @@ async def test_an_exit_code_and_a_signal() -> None:
 
 async def test_who_succeeded_before_is_no_failure(channel: Channel) -> None:
     async with start(channel, READY, HELD + "exit 3") as ctx:
-        await channel.lines(1)
+        await gone((await channel.pids(1))[0])
         await channel.open_gate()
         result = await ctx.wait()
     assert result is not None

@@ -12,7 +12,7 @@ from asupervise.cli import main as _main  # noqa: E402
 
 def main() -> int:
     """Run the command line; returns the exit status."""
-    status = _main(on_started=_collect)
+    status = _main(on_started=_collect, alone=True)
     # The interpreter would look through everything once more, only to end.
     gc.freeze()
     return status

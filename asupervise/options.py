@@ -92,6 +92,12 @@ class LaunchOptions(NamedTuple):
     version: bool = False
 
     @property
+    def runs_others_code(self) -> bool:
+        """Whether this process runs code that is not ours, which may want whatever there is."""
+        others = self.logs_specs is not None or self.rdzv_backend not in (None, "static")
+        return others or self.is_consumed
+
+    @property
     def is_consumed(self) -> bool:
         """Whether anybody wants to hear what happens."""
         handled = any(name != "null" for name in self.event_log_handler)

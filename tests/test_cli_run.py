@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import clean_environment
+
 ROOT = Path(__file__).resolve().parent.parent
 CLI = (sys.executable, "-m", "asupervise")
 
@@ -606,3 +608,36 @@ def test_logs_specs_are_found_by_their_entry_point(
     done = run_cli(*words, env=env)
     assert done.stdout == b"reified for [0, 1]\n"
     assert done.returncode == 0
+
+
+# --- what is loaded -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "has_it"),
+    [((), False), (("--tee", "3"), True), (("--event-log-handler", "console"), True)],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_ssl_is_loaded_where_somebody_may_want_it(words: tuple[str, ...], has_it: bool) -> None:
+    """anyio does, and handlers may; asyncio alone takes a fifteenth of a short run for it."""
+    program = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('ssl', '_ssl' in sys.modules, file=sys.stderr))\n"
+        "from asupervise.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    argv = [sys.executable, "-c", program, *words, "--no-python", "true"]
+    done = subprocess.run(argv, env=clean_environment(), capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == f"ssl {has_it}"
+
+
+def test_who_calls_the_command_line_keeps_asyncios_tls() -> None:
+    program = (
+        "from asupervise.cli import main\n"
+        "main(['--no-python', 'true'])\n"
+        "import asyncio.sslproto\n"
+        "print(asyncio.sslproto.ssl is not None)\n"
+    )
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, env=clean_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -59,6 +59,8 @@ class InotifyWatches:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        from pathlib import Path
+
         import asyncinotify
 
         self._inotify = asyncinotify.Inotify()
@@ -71,7 +73,8 @@ class InotifyWatches:
         self._folder_mask = mask.CREATE | mask.MOVED_TO
         self._ended, self._overflow = int(mask.IGNORED), int(mask.Q_OVERFLOW)
         self._written = int(mask.MODIFY)
-        self._waiting: dict[int, list[Watched]] = {}
+        self._no_path = Path()
+        self._waiting: dict[int, tuple[Watched, ...]] = {}
         self._file_watches: dict[Watched, Any] = {}
         self._folder_watches: dict[Watched, Any] = {}
         self._loop = loop
@@ -101,7 +104,9 @@ class InotifyWatches:
     def _add(self, path: str, mask: Any, who: Watched) -> Any:
         # One file or folder is one watch, whoever asks.
         watch = self._inotify.add_watch(path, mask)
-        self._waiting.setdefault(watch.wd, []).append(who)
+        # Ours are told apart by their numbers. A thousand workers have two thousand.
+        watch.path = self._no_path
+        self._waiting[watch.wd] = (*self._waiting.get(watch.wd, ()), who)
         return watch
 
     def forget(self, who: Watched) -> None:
@@ -110,9 +115,9 @@ class InotifyWatches:
                 self._drop(watches.pop(who), who)
 
     def _drop(self, watch: Any, who: Watched) -> None:
-        waiting = self._waiting[watch.wd]
-        waiting.remove(who)
+        waiting = tuple(each for each in self._waiting[watch.wd] if each is not who)
         if waiting:
+            self._waiting[watch.wd] = waiting
             return
         del self._waiting[watch.wd]
         self._remove(watch)
@@ -145,7 +150,7 @@ class InotifyWatches:
             self._fired(watch, mask)
 
     def _fired(self, watch: int, mask: int) -> None:
-        for who in self._waiting.get(watch, ())[:]:
+        for who in self._waiting.get(watch, ()):
             if not who.changed(only_written=mask == self._written) or mask & self._ended:
                 self.forget(who)
 

@@ -145,7 +145,8 @@ class LineFramer:
         first = data.find(b"\n") + 1
         line = data[:first]
         fresh = self._prefix + (_without_overwritten(line) if b"\r" in line else line)
-        return Framed(fresh, fresh, self._prefixed(data[first:-1]) if data[first:] else (), False)
+        rest = self._prefixed(data[first:-1]) if first < len(data) else ()
+        return Framed(fresh, fresh, rest, unfinished=False)
 
     def peek(self) -> Framed | None:
         """Give out what there is of an unfinished line, which then is known to be shown."""

@@ -111,7 +111,7 @@ class Recorder:
                 self._task.result()
             if stays:
                 rest = self._subscribed().take_saying_gaps()
-                return await asyncio.to_thread(self._complete, rest, self._whole_story(rest))
+                return await asyncio.to_thread(self._complete, rest, self._whole_story())
         except Exception as exc:
             return self._not_written(exc)
         finally:
@@ -119,14 +119,14 @@ class Recorder:
                 self._subscription.close()
         return None
 
-    def _whole_story(self, rest: Sequence[Event]) -> Sequence[Event] | None:
-        """All events, the last ones among them; None if the file alone has them."""
-        if self._task is None:
-            return rest
-        return None if self._bus.dropped else self._bus.subscribe(_QUEUE, records=True).take()
+    def _whole_story(self) -> Subscription | None:
+        """All events; None if the file alone has them."""
+        return None if self._bus.dropped else self._bus.subscribe(_QUEUE, records=True)
 
-    def _complete(self, rest: Sequence[Event], story: Sequence[Event] | None) -> str | None:
-        # In a thread, and in one go: most runs are over before they are settled.
+    def _complete(self, rest: Sequence[Event], whole: Subscription | None) -> str | None:
+        # In a thread, and in one go: most runs are over before they are settled. All events
+        # are made here and not in the event loop (3 to 5 us each, and there may be ten thousand);
+        # the bus is closed, so nobody adds to them meanwhile.
         try:
             _append(self._run_dir, rest)
         except Exception as exc:
@@ -135,7 +135,7 @@ class Recorder:
             from asupervise.views.report import write_report
 
             try:
-                write_report(self._run_dir, told=story)
+                write_report(self._run_dir, told=None if whole is None else whole.take())
             except Exception as exc:
                 # Whatever is wrong with a page.
                 if _is_there(self._run_dir):

@@ -164,6 +164,17 @@ def test_each_line_is_an_object_whatever_is_in_it(data: bytes, cuts: list[int]) 
     assert all(byte == 10 or 32 <= byte < 127 for byte in out)
 
 
+@given(st.integers(0, 999), st.sampled_from('"\\\t\x00\x1b\x7fé\x85'))
+def test_what_is_to_be_escaped_is_found_wherever_it_stands(at: int, special: str) -> None:
+    """In a block of many times the bytes that are searched at a time."""
+    lines = ["a line of some length " * 4] * 1_000
+    lines[at] += special
+    framer = JsonFramer(speaker(0), clock=lambda: NOON)
+    out = shown(framer.feed("".join(f"{line}\n" for line in lines).encode()))
+    assert [json.loads(line)["text"] for line in out.splitlines()] == lines
+    assert all(byte == 10 or 32 <= byte < 127 for byte in out)
+
+
 def test_a_line_too_long_to_be_held_makes_several_objects() -> None:
     framer = JsonFramer(speaker(0))
     out = shown(framer.feed(b"x" * 1_100_000)) + shown(framer.feed(b"y\nz\n"))

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from asupervise.bus import EventBus as EventBus
     from asupervise.bus import Subscription as Subscription
     from asupervise.elastic.config import LaunchConfig as LaunchConfig
+    from asupervise.elastic.decide import Policy as Policy
     from asupervise.elastic.launching import RunError as RunError
     from asupervise.elastic.launching import launch as launch
     from asupervise.elastic.services import Services as Services
@@ -97,6 +98,7 @@ _HOMES = {
     "NotSupportedError": "errors",
     "NumaOptions": "binding",
     "PContext": "procs",
+    "Policy": "elastic.decide",
     "ProcessFailure": "failures",
     "RankMapError": "errors",
     "RunError": "elastic.launching",

@@ -284,10 +284,11 @@ class PContext:
 
     def _repr_html_(self) -> str:
         """How a notebook shows it."""
-        from asupervise.views.notebook import group_html
+        from asupervise.views.notebook import RUNNING, group_html
 
-        running = [rank for rank, handler in self._handlers.items() if handler.running]
-        return group_html(self.name, self.nprocs, self.pids(), running, self.log_dir)
+        running = ((rank, handler.running) for rank, handler in self._handlers.items())
+        states = {rank: RUNNING if runs else "ended" for rank, runs in running}
+        return group_html(self.name, states, self.pids(), self.log_dir)
 
     # --- the group's own task ---------------------------------------------------------------
 

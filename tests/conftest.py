@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.browser import browser, open_page, page, pictures  # noqa: F401 (fixtures)
 from tests.small_cgroup import small_cgroup  # noqa: F401 (a fixture)
+from tests.workers import Channel
 
 # A machine with much else to do is slow, and no test is about that.
 settings.register_profile("asupervise", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -161,6 +162,14 @@ async def _loop_without_tasks() -> AsyncIterator[None]:
             return
         await asyncio.sleep(0)
     pytest.fail("\n".join(f"task left behind: {task!r}" for task in left), pytrace=False)
+
+
+@pytest.fixture
+def channel(tmp_path: Path) -> Iterator[Channel]:
+    """By which workers say that they are ready."""
+    channel = Channel(tmp_path)
+    yield channel
+    channel.close()
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -32,13 +32,6 @@ def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
-@pytest.fixture
-def channel(tmp_path: Path) -> Iterator[Channel]:
-    channel = Channel(tmp_path)
-    yield channel
-    channel.close()
-
-
 def codes(result: RunProcsResult | None) -> dict[int, int]:
     assert result is not None
     return {rank: failure.exitcode for rank, failure in result.failures.items()}

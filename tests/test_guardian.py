@@ -26,13 +26,6 @@ def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
-@pytest.fixture
-def channel(tmp_path: Path) -> Iterator[Channel]:
-    channel = Channel(tmp_path)
-    yield channel
-    channel.close()
-
-
 def is_guardian(pid: int) -> bool:
     return b"asupervise-guardian" in Path(f"/proc/{pid}/cmdline").read_bytes()
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,6 @@ every_loop = pytest.mark.parametrize("run", RUNNERS, ids=lambda run: run.__name_
 @pytest.fixture(scope="module", autouse=True)
 def _uvloop_has_its_pipe() -> None:
     uvloop()
-
-
-@pytest.fixture
-def channel(tmp_path: Path) -> Iterator[Channel]:
-    channel = Channel(tmp_path)
-    yield channel
-    channel.close()
 
 
 def worker(script: str, channel: Channel | None = None, **fields: Any) -> WorkerPlan:

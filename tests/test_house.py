@@ -324,7 +324,7 @@ ROOMS = {
     "elastic.keeping": room(
         "bus elastic.alone elastic.intensity error_files errors failures files"
         " logs recording result shielding spec telling",
-        lazily="lines stacks",
+        lazily="lines stacks views.notebook",
         asynchronous=True,
     ),
     "elastic.services": room(

@@ -7,7 +7,7 @@ import errno
 import gc
 import os
 import signal
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,6 @@ Lines = AsyncGenerator[LogLine, None]
 @pytest.fixture(autouse=True)
 def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-
-
-@pytest.fixture
-def channel(tmp_path: Path) -> Iterator[Channel]:
-    channel = Channel(tmp_path)
-    yield channel
-    channel.close()
 
 
 def redirected(mask: Std = Std.ALL, log_dir: Path | None = None) -> DefaultLogsSpecs:

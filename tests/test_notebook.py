@@ -13,8 +13,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asupervise import ChildFailedError, ProcessFailure, RunProcsResult
+from asupervise import ChildFailedError, Policy, ProcessFailure, RunProcsResult, run_services
 from asupervise.error_files import ErrorRecord
+from tests.workers import SLEEP, Channel, shell
 
 EVIL = "<script>alert(1)</script>\x1b[31m\0\u202e\ud800'\"</pre>"
 
@@ -166,3 +167,19 @@ async def test_cells_may_await(tmp_path: Path) -> None:
     assert "trainer: 2 workers, 0 running" in ended
     assert "rank 0 failed" in result
     assert str(tmp_path / "logs") in result
+
+
+async def test_services_tell_how_often_each_was_started_anew(channel: Channel) -> None:
+    once = f"[ $TORCHELASTIC_RESTART_COUNT = 0 ] && exit 3; {SLEEP}"
+    policy = Policy(backoff_s=0.0, min_uptime_s=0.0)
+    async with run_services(**shell(channel, [SLEEP, once]), policy=policy) as services:
+        await channel.pids(2)
+        pids = services.pids()
+        running = text_of(services._repr_html_())
+        await services.close()
+    assert "2 workers, 2 running" in running
+    words = running.split()
+    rows = ["0", str(pids[0]), "running", "0", "1", str(pids[1]), "running", "1"]
+    at = words.index("restarts") + 1
+    assert words[at : at + len(rows)] == rows
+    assert "0 running" in text_of(services._repr_html_())

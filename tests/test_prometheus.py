@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,6 @@ QUICK: dict[str, Any] = {"min_uptime": 0, "restart_backoff": 0}
 @pytest.fixture(autouse=True)
 def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-
-
-@pytest.fixture
-def channel(tmp_path: Path) -> Iterator[Channel]:
-    channel = Channel(tmp_path)
-    yield channel
-    channel.close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,6 @@ SAY = ("--no-python", "sh", "-c")
 @pytest.fixture(autouse=True)
 def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-
-
-@pytest.fixture
-def channel(tmp_path: Path) -> Iterator[Channel]:
-    channel = Channel(tmp_path)
-    yield channel
-    channel.close()
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -49,13 +49,6 @@ def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
-@pytest.fixture
-def channel(tmp_path: Path) -> Iterator[Channel]:
-    channel = Channel(tmp_path)
-    yield channel
-    channel.close()
-
-
 @pytest.fixture(autouse=True)
 def _handlers_are_put_back() -> Iterator[None]:
     before = {sig: signal.getsignal(sig) for sig in signal.valid_signals()}

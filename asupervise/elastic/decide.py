@@ -21,16 +21,23 @@ _PORT_RETRIES: Final = 3
 
 
 class Policy(NamedTuple):
-    """When to begin a round, and when to try again.
+    """When to try again, and, over several nodes, when to begin a round.
+
+    `run_services` takes one; `launch` makes its own of `LaunchConfig`.
 
     Attributes:
-        last_call_s: how long more nodes are waited for once there are enough, in the first round.
-        join_timeout_s: how long enough nodes are waited for.
+        last_call_s: how long more nodes are waited for once there are enough, in the first round;
+            services have no nodes.
+        join_timeout_s: how long enough nodes are waited for; the same.
         min_uptime_s: a worker that fails sooner is a broken start.
         max_broken_starts: so many of them in a row end the run, whatever restarts are left.
         backoff_s: the wait before the first restart, doubled with each further one in a row.
         backoff_max_s: the longest such wait.
         stable_s: a failure after so long a run begins the doubling anew.
+
+    Example:
+        >>> Policy(backoff_s=0.5, backoff_max_s=8.0).delay_s(3, spread=1.0)
+        2.0
     """
 
     last_call_s: float = 30.0

@@ -219,6 +219,15 @@ class Services:
         state = "ended" if self._task.done() else f"{len(self.pids())} running"
         return f"<Services {self.name!r}: {self.nprocs} workers, {state}>"
 
+    def _repr_html_(self) -> str:
+        """How a notebook shows it."""
+        from asupervise.views.notebook import RUNNING, group_html
+
+        pids = self.pids()
+        otherwise = "ended" if self._task.done() else "not running"
+        states = {rank: RUNNING if rank in pids else otherwise for rank in self._pasts}
+        return group_html(self.name, states, pids, self.log_dir, self.restarts())
+
     # --- the service's own task ---------------------------------------------------------------
 
     @property

@@ -15,7 +15,7 @@ from asupervise.views.plain import cut_middle, one_line, ranks_text, without_seq
 from asupervise.views.summary import headline
 from asupervise.views.words import count, how_ended, size
 
-__all__ = ["Failed", "error_html", "failure_html", "group_html", "result_html"]
+__all__ = ["RUNNING", "Failed", "error_html", "failure_html", "group_html", "result_html"]
 
 _TEXT_CHARS: Final = 8192
 _MOST_ROWS: Final = 32
@@ -27,8 +27,9 @@ _PRE: Final = (
     f"{_MONO};white-space:pre;overflow-x:auto;max-height:24em;margin:4px 0;padding:8px 10px;"
     "background:rgba(128,128,128,.12);border-radius:4px"
 )
+RUNNING: Final = "running"
 _SIGNS: Final = {"failed": ("#d1353f", "failed"), "succeeded": ("#2a8a52", "succeeded"),
-                 "running": ("#2f6fdb", "running"), "ended": ("#888", "ended")}  # fmt: skip
+                 RUNNING: ("#2f6fdb", "running"), "ended": ("#888", "ended")}  # fmt: skip
 
 
 class Failed(Protocol):
@@ -91,18 +92,24 @@ def failure_html(failure: Failed) -> str:
 
 
 def group_html(
-    name: str, nprocs: int, pids: Mapping[int, int], running: Iterable[int], log_dir: str | None
+    name: str,
+    states: Mapping[int, str],
+    pids: Mapping[int, int],
+    log_dir: str | None,
+    restarts: Mapping[int, int] | None = None,
 ) -> str:
-    """A `PContext`."""
-    alive = set(running)
-    state = "running" if alive else "ended"
-    title = f"{one_line(name)}: {count(nprocs, 'worker')}, {len(alive):,} running"
-    rows = [
-        (str(rank), str(pid), "running" if rank in alive else "ended")
-        for rank, pid in sorted(pids.items())
-    ]
+    """A `PContext`, or `Services`, which have `restarts`; all are by local rank."""
+    alive = sum(state == RUNNING for state in states.values())
+    title = f"{one_line(name)}: {count(len(states), 'worker')}, {alive:,} running"
+    names, rows = ["rank", "pid", "state"], []
+    for rank, state in sorted(states.items()):
+        rows.append([str(rank), str(pids.get(rank, "")), state])
+    if restarts is not None:
+        names.append("restarts")
+        for row in rows:
+            row.append(f"{restarts[int(row[0])]:,}")
     return _box([
-        _title(state, title), _table(("rank", "pid", "state"), rows),
+        _title(RUNNING if alive else "ended", title), _table(names, rows),
         _path(log_dir) if log_dir else None,
     ])  # fmt: skip
 

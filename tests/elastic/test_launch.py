@@ -6,7 +6,6 @@ import asyncio
 import math
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +45,10 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Channel]:
-    channel = Channel(tmp_path)
+def channel(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> Channel:
+    """Its name is known to our own environment, and so to all workers."""
     monkeypatch.setenv("CHANNEL", str(channel.path))
-    yield channel
-    channel.close()
+    return channel
 
 
 @pytest.fixture

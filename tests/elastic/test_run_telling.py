@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,11 +58,10 @@ def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture
-def channel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Channel]:
-    channel = Channel(tmp_path)
+def channel(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> Channel:
+    """Its name is known to our own environment, and so to all workers."""
     monkeypatch.setenv("CHANNEL", str(channel.path))
-    yield channel
-    channel.close()
+    return channel
 
 
 def of(told: Sequence[Event], kind: type[E]) -> list[E]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -30,6 +31,14 @@ __all__ = ["main"]
 
 _USAGE_ERROR: Final = 2
 _INTERNAL_ERROR: Final = 1
+# What an argument is called here, of which an error speaks by its name in the library.
+_FLAGS: Final = {
+    "log_dir": "--log-dir",
+    "affinity_mode": "--numa-binding",
+    "max_restarts": "--max-restarts",
+    "within_s": "--restart-within",
+}
+_OURS: Final = re.compile(rf"\b(?:{'|'.join(_FLAGS)})(?=[:=])")
 _ENDING_SIGNALS: Final = (Signals.SIGTERM, Signals.SIGINT, Signals.SIGHUP, Signals.SIGQUIT)
 # What the machine cannot give just now is nobody's mistake on the command line.
 _SHORTAGES: Final = frozenset(
@@ -91,6 +100,8 @@ def _run(options: LaunchOptions, on_started: Callable[[], None]) -> int:
 
     try:
         job = prepare(options, os.environ)
+        for warning in job.warnings:
+            _warn(warning)
         if options.dry_run:
             from asupervise.dryrun import describe
             from asupervise.elastic.node import preview
@@ -147,7 +158,7 @@ async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], 
                 on_started()
 
         try:
-            hooks = Hooks(on_group, _tell_round, stop, on_warning=_warn)
+            hooks = Hooks(on_group, _tell_round, stop, _warn, lambda: handling.received)
             async with _consumed(options) as events:
                 if options.restart == "worker":
                     outcome = await serve(
@@ -185,8 +196,10 @@ def _tell_round(round: Round) -> None:
 def _tell_restart(
     local_rank: int, count: int, failure: ProcessFailure | None, delay_s: float
 ) -> None:
-    how = "has ended" if failure is None else f"failed, exit code {failure.exitcode}"
-    _say(f"asupervise: rank {local_rank} {how}: start {count + 1} in {delay_s:.1f} s")
+    how, code = "has ended", ""
+    if failure is not None:
+        how, code = "failed", f", exit code {failure.exitcode}"
+    _say(f"asupervise: rank {local_rank} {how}: restart {count}{code}, in {delay_s:.1f} s")
 
 
 def _announce(sig: Signals, again: bool) -> None:
@@ -218,6 +231,8 @@ def _failed(job: Job, outcome: Outcome) -> int:
     cause = root_cause(failures)
     if cause is not None or culprit is not None:
         _report(job, failures, culprit.rank if culprit is not None else None, outcome)
+    else:
+        _say_where(outcome)
     if culprit is not None:
         return exit_status(culprit.exitcode)
     if outcome.round is not None and outcome.round.state == "over" and not failures:
@@ -239,18 +254,26 @@ def _report(
     _say(format_report(job.title, failures, "=", "-", culprit=culprit, culprit_first=True))
     if not failure.ended_by_us:
         _say(f"error: {headline(rank, failure)}")
-    if outcome.round is not None and (outcome.round.broken > 1 or outcome.round.retries):
-        _say(outcome.round.why)
-    if outcome.result is not None and outcome.result.log_dir is not None:
-        _say(f"logs: {outcome.result.log_dir}")
-        report = os.path.join(outcome.result.log_dir, "report.html")
-        if os.path.isfile(report):
-            _say(f"report: {report}")
+    if outcome.round is not None and outcome.round.state == "over":
+        why = outcome.round.why
+        if why and why != f"rank {rank} failed":
+            _say(f"no restart: {_in_flags(why)}")
+    _say_where(outcome)
     if hint := _hint(job, rank, failure, outcome):
         _say(f"hint: {hint}")
     # We are a worker of another launcher: it is to see the exception, not just our status.
     if os.environ.get(ERROR_FILE_VARIABLE) and os.path.exists(failure.error_file):
         get_error_handler().dump_error_file(failure.error_file, failure.exitcode)
+
+
+def _say_where(outcome: Outcome) -> None:
+    """What the run has left."""
+    folder = outcome.result.log_dir if outcome.result is not None else None
+    if folder is not None and os.path.isdir(folder):
+        _say(f"logs: {folder}")
+        report = os.path.join(folder, "report.html")
+        if os.path.isfile(report):
+            _say(f"report: {report}")
 
 
 def _hint(job: Job, rank: int, failure: ProcessFailure, outcome: Outcome) -> str:
@@ -287,12 +310,16 @@ def _stacks_file(folder: str, local_rank: int, outcome: Outcome) -> str:
 
 def _refuse(error: Exception) -> int:
     """Say what is wrong in a line, and with a hint what to do; returns the exit status."""
-    _say(f"error: {_in_one_line(error)}")
+    _say(f"error: {_in_flags(_in_one_line(error))}")
     hint = getattr(error, "hint", None)
     if hint:
         _say(f"hint: {hint}")
     shortage = isinstance(error, OSError) and error.errno in _SHORTAGES
     return _INTERNAL_ERROR if shortage else _USAGE_ERROR
+
+
+def _in_flags(text: str) -> str:
+    return _OURS.sub(lambda found: _FLAGS[found[0]], text)
 
 
 def _in_one_line(error: Exception) -> str:

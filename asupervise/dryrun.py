@@ -13,8 +13,8 @@ from asupervise.plan import GroupPlan, WorkerPlan
 __all__ = ["describe"]
 
 _HEADINGS: Final = ("RANK", "CPUS", "MEMORY", "GPU", "STDIN", "STDOUT", "STDERR", "COMMAND")
-# Of no use to a reader: the one stands in the table, the other is made anew by every start.
-_NOT_SHOWN: Final = ("TORCHELASTIC_ERROR_FILE", "ASUPERVISE_TOKEN")
+# Made anew by every start.
+_TOKEN: Final = "ASUPERVISE_TOKEN"
 
 
 def describe(job: Job, plan: GroupPlan) -> str:
@@ -28,7 +28,7 @@ def describe(job: Job, plan: GroupPlan) -> str:
         _labelled({**job.choices, **_logs(plan)}),
         _table([_HEADINGS, *(_row(worker, plan) for worker in plan.workers)]),
         _reasons(plan.workers),
-        _environment(plan.workers),
+        _environment(job, plan),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -128,12 +128,23 @@ def _reasons(workers: Sequence[WorkerPlan]) -> str:
     )
 
 
-def _environment(workers: Sequence[WorkerPlan]) -> str:
+def _environment(job: Job, plan: GroupPlan) -> str:
     """The variables, those that differ by rank with the value of each."""
     lines = []
-    for name in workers[0].env:
-        values = [worker.env.get(name, "") for worker in workers]
-        if name not in _NOT_SHOWN:
-            shown = values[:1] if len(set(values)) == 1 else values
-            lines.append(f"  {name}={' | '.join(shown)}")
+    for name in plan.workers[0].env:
+        values = [_value(job, plan, worker, name) for worker in plan.workers]
+        shown = values[:1] if len(set(values)) == 1 else values
+        lines.append(f"  {name}={' | '.join(shown)}")
     return "\n".join(["environment, added to ours:", *lines])
+
+
+def _value(job: Job, plan: GroupPlan, worker: WorkerPlan, name: str) -> str:
+    value = worker.env.get(name, "")
+    if name == _TOKEN:
+        return "<made anew by each start>"
+    if name == "MASTER_PORT" and not job.request.master_port:
+        return "<a free port>"
+    if plan.logs.run_dir and value.startswith(f"{plan.logs.run_dir}/"):
+        inside = f"/{_inside(plan, value)}".replace(f"/{worker.local_rank}/", "/<local rank>/")
+        return f"<logs>{inside}"
+    return value

@@ -32,7 +32,8 @@ class SupervisorError(Exception):
         message: what is wrong, with the name of the argument and its value.
         local_rank: the worker that it concerns, or None where it concerns none in particular.
         pid: that worker's process id, or None where it had none.
-        hint: what the user can do about it; the command line shows it as ``hint: ...``.
+        hint: what the user can do about it; the command line, and a traceback, show it as
+            ``hint: ...``.
 
     Pickles and copies keep all four.
 
@@ -59,6 +60,8 @@ class SupervisorError(Exception):
         self.local_rank = local_rank
         self.pid = pid
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")
 
     def __str__(self) -> str:
         return self.message

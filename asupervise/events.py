@@ -375,6 +375,7 @@ class RunEnded(Event):
         why: in a sentence; "" if there is nothing to say.
         exit_status: what the command line will exit with, as far as the job decides it.
         root_cause: the rank, over all nodes, that the run failed of; None for nobody.
+        signal: the name of the signal by which somebody outside ended it; "" for none.
     """
 
     kind: ClassVar[str] = "run_ended"
@@ -383,6 +384,7 @@ class RunEnded(Event):
     why: str = ""
     exit_status: int = 0
     root_cause: int | None = None
+    signal: str = ""
 
 
 KINDS: Final[Mapping[str, type[Event]]] = {

@@ -25,9 +25,8 @@ __all__ = [
 ]
 
 NOT_AVAILABLE: Final = "<N/A>"
-_NO_TRACEBACK: Final = (
-    "No traceback was recorded. Decorate the worker's main function with @record to see it here."
-)
+# What to do about it depends on the worker: `hints` says that.
+_NO_TRACEBACK: Final = "No traceback was recorded."
 
 
 # --- one failure -----------------------------------------------------------------------------

@@ -395,7 +395,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             "--hang-timeout",
             "End the job, and show where each worker is, when one has written nothing and used no "
             "CPU for so long; or, once it has called asupervise.heartbeat(), not called it again "
-            "(default: never).",
+            "(default: never). Output that would go straight to the console is teed, to be seen.",
             _seconds_above_zero,
             "SECONDS",
             ours=True,

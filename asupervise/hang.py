@@ -26,12 +26,14 @@ class Pulse:
         cpu_s: CPU seconds used by its session at that time.
         output_bytes: size of its log files.
         beat: stamp of its last heartbeat, or None if it has never sent one.
+        sees_output: whether its output goes to files, so that it counts.
     """
 
     since_s: float
     cpu_s: float = 0.0
     output_bytes: int = 0
     beat: int | None = None
+    sees_output: bool = True
 
     def look(self, now_s: float, cpu_s: float, output_bytes: int, beat: int | None) -> None:
         """Take what was found; moves `since_s` if it is a sign of life."""
@@ -48,8 +50,12 @@ class Pulse:
         """Why this worker counts as hanging, or None if it does not."""
         if now_s - self.since_s < timeout_s:
             return None
-        signs = "no output and no CPU use" if self.beat is None else "no heartbeat"
-        return f"hang: {signs} for {now_s - self.since_s:.3g} s"
+        span = f"{now_s - self.since_s:.3g} s"
+        if self.beat is not None:
+            return f"hang: no heartbeat for {span}"
+        if self.sees_output:
+            return f"hang: no output and no CPU use for {span}"
+        return f"hang: no CPU use for {span}, and its output is not seen"
 
 
 @dataclass(slots=True)
@@ -70,7 +76,9 @@ class HangDetector:
 
     def start(self) -> None:
         now_s = asyncio.get_running_loop().time()
-        self._pulses = {h.local_rank: Pulse(now_s) for h in self.handlers}
+        self._pulses = {
+            h.local_rank: Pulse(now_s, sees_output=bool(_files(h))) for h in self.handlers
+        }
         self._later()
 
     def stop(self) -> None:
@@ -112,7 +120,12 @@ def _cpu_by_session() -> dict[int, float]:
 
 
 def _output_bytes(handler: SubprocessHandler) -> int:
-    return sum(_stat(path)[0] for path in (handler.plan.stdout, handler.plan.stderr) if path)
+    return sum(_stat(path)[0] for path in _files(handler))
+
+
+def _files(handler: SubprocessHandler) -> list[str]:
+    """What it writes to that is no console, which is not ours to look at."""
+    return [path for path in (handler.plan.stdout, handler.plan.stderr) if path]
 
 
 def _beat(handler: SubprocessHandler) -> int | None:

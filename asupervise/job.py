@@ -43,6 +43,7 @@ class Job(NamedTuple):
         backend: how the nodes come together.
         request: what the backend is given.
         choices: what was chosen and why, each under its name, for ``--dry-run``.
+        warnings: what can hardly be meant so, a sentence each.
         python: the interpreter that runs the workers; "" where programs are run.
     """
 
@@ -52,6 +53,7 @@ class Job(NamedTuple):
     request: Request
     choices: dict[str, str]
     python: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
@@ -103,14 +105,45 @@ def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
         **meeting.choices,
         "threads": why_threads,
     }
+    teed = "streams that would go straight to the console are teed"
     if options.live:
-        choices["live view"] = (
-            "streams that would go straight to the console are teed; memory and CPU are looked at "
-            f"every {options.memory_sample_interval:g} s"
-        )
+        every = f"{options.memory_sample_interval:g} s"
+        choices["live view"] = f"{teed}; memory and CPU are looked at every {every}"
+    if options.hang_timeout is not None:
+        choices["hang timeout"] = f"{options.hang_timeout:g} s; {teed}, and so seen"
+    if options.max_restarts:
+        how = "of them all, when one has failed"
+        if options.restart == "worker":
+            how = f"of single workers, within {options.restart_within:g} s"
+        choices["restarts"] = f"{options.max_restarts} at the most, {how}"
     blueprint = blueprint._replace(omp_num_threads=threads)
     python = "" if options.no_python and not options.run_path else program
-    return Job(options.script, blueprint, meeting.backend, meeting.request, choices, python)
+    return Job(
+        *(options.script, blueprint, meeting.backend, meeting.request, choices, python),
+        warnings=_warnings(options, workers),
+    )
+
+
+def _warnings(options: LaunchOptions, workers: int) -> tuple[str, ...]:
+    """Ranks that there are not: torchrun passes over them, and so do we, but not in silence."""
+    from asupervise.logs import Std
+
+    named = {
+        "--redirects": Std.from_str(options.redirects),
+        "--tee": Std.from_str(options.tee),
+        "--local-ranks-filter": options.local_ranks_filter,
+    }
+    found = []
+    for flag, given in named.items():
+        ranks = set() if given is None or isinstance(given, Std) else set(given)
+        if missing := sorted(ranks - set(range(workers))):
+            from asupervise.ranges import format_ranges
+
+            there = f"0 to {workers - 1}" if workers > 1 else "0"
+            found.append(
+                f"{flag}: there is no local rank {format_ranges(missing)}: expected {there}"
+            )
+    return tuple(found)
 
 
 def _of_flag(name: str, read: Callable[[str], T], text: str) -> T:
@@ -175,7 +208,7 @@ def _command(
         scripts = {
             rank: str(substitute_macros([options.script], rank)[0]) for rank in range(workers)
         }
-        _check_scripts(scripts, environ)
+        _check_scripts(options.script, scripts, environ)
     return program, template
 
 
@@ -188,15 +221,21 @@ def _program(options: LaunchOptions, environ: Mapping[str, str]) -> tuple[str, t
     return python, ("-u", "-m", options.script) if options.module else ("-u", options.script)
 
 
-def _check_scripts(scripts: Mapping[int, str], environ: Mapping[str, str]) -> None:
+def _check_scripts(given: str, scripts: Mapping[int, str], environ: Mapping[str, str]) -> None:
     if environ.get("PYTHON_EXEC"):
         return  # it may be a wrapper that runs Python elsewhere, where the script is
     for rank, script in scripts.items():
         if script != "-" and not os.path.exists(script):
-            raise UsageError(
-                f"local rank {rank}: no such script: {script!r}",
-                hint="-m runs a module, --no-python a program that is found on PATH",
-            )
+            whose = f"local rank {rank}: " if script != given else ""
+            raise UsageError(f"{whose}no such script: {script!r}", hint=_instead(script))
+
+
+def _instead(script: str) -> str:
+    if os.path.isfile(f"{script}.py"):
+        return f"there is {script}.py"
+    if script == "view":
+        return "python -m asupervise.view shows what a run has left"
+    return "-m runs a module, --no-python a program that is found on PATH"
 
 
 # --- their logs, binding, GPUs ---------------------------------------------------------------
@@ -208,8 +247,7 @@ def _logs_specs(options: LaunchOptions, workers: int) -> LogsSpecs:
     ranks = options.local_ranks_filter
     redirects = _of_flag("--redirects", Std.from_str, options.redirects)
     tee = _of_flag("--tee", Std.from_str, options.tee)
-    if options.live:
-        # What a worker writes to our terminal by itself would stand in the middle of the table.
+    if options.tees_all:
         to_files, teed = to_map(redirects, workers), to_map(tee, workers)
         tee = {rank: teed[rank] | (Std.ALL & ~to_files[rank]) for rank in range(workers)}
     specs = _of_flag("--logs-specs", lambda _: load_logs_specs(options.logs_specs), "")

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntFlag
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from asupervise.errors import NotSupportedError
 
@@ -59,23 +59,41 @@ class Std(IntFlag):
         for item in vm.split(","):
             rank, _, mask = item.partition(":")
             if not (rank.isascii() and rank.isdigit()):
-                raise _bad_mask(vm, f"{rank!r} is not a local rank")
+                raise _bad_mask(vm, f": {rank!r} is not a local rank")
             if int(rank) in masks:
-                raise _bad_mask(vm, f"local rank {int(rank)} is given twice")
+                raise _bad_mask(vm, f": local rank {int(rank)} is given twice")
             masks[int(rank)] = _mask(mask, vm)
         return masks
 
 
+_NO_RUN_ID: Final = "none"
+
+
 def _mask(text: str, whole: str) -> Std:
     if text not in ("0", "1", "2", "3"):
-        raise _bad_mask(whole, f"{text!r} is not a stream mask")
+        raise _bad_mask(whole, "" if text == whole else f": {text!r} is not a stream mask")
     return Std(int(text))
 
 
 def _bad_mask(text: str, why: str) -> ValueError:
     return ValueError(
-        f"{text!r}: {why}; expected 0 (none), 1 (stdout), 2 (stderr) or 3 (both), "
+        f"{text!r}{why}: expected 0 (none), 1 (stdout), 2 (stderr) or 3 (both), "
         "for all ranks or as <local rank>:<mask>,..."
+    )
+
+
+def _masks(name: str, given: object) -> Std | dict[int, Std]:
+    """A mask for all, or one by local rank; torch's, which are numbers as well, become ours."""
+    if isinstance(given, Mapping):
+        return {rank: _one_mask(name, mask) for rank, mask in given.items()}
+    return _one_mask(name, given)
+
+
+def _one_mask(name: str, given: object) -> Std:
+    if isinstance(given, int) and 0 <= given <= Std.ALL:
+        return Std(int(given))
+    raise ValueError(
+        f"{name}: {given!r}: expected Std.NONE, OUT, ERR or ALL, or them by local rank"
     )
 
 
@@ -147,6 +165,9 @@ class LogsSpecs(ABC):
         local_ranks_filter: the local ranks shown on the console; None for all. Files are
             written for every rank.
 
+    Raises:
+        ValueError: for a mask that is none.
+
     Example:
         >>> class OneFile(LogsSpecs):
         ...     def reify(self, envs):
@@ -169,8 +190,8 @@ class LogsSpecs(ABC):
         local_ranks_filter: set[int] | None = None,
     ) -> None:
         self._root_log_dir = log_dir
-        self._redirects = redirects
-        self._tee = tee
+        self._redirects = _masks("redirects", redirects)
+        self._tee = _masks("tee", tee)
         self._local_ranks_filter = local_ranks_filter
 
     @abstractmethod
@@ -238,7 +259,7 @@ class DefaultLogsSpecs(LogsSpecs):
         first = envs.get(0, {})
         restarts = first.get("TORCHELASTIC_RESTART_COUNT", "0")
         attempt = first.get(ATTEMPT_VARIABLE, restarts)
-        run_dir = self._run_folder(first.get("TORCHELASTIC_RUN_ID", "none"), attempt)
+        run_dir = self._run_folder(first.get("TORCHELASTIC_RUN_ID", _NO_RUN_ID), attempt)
         attempt_dir = os.path.join(run_dir, f"attempt_{attempt}")
         return self._layout(ranks, attempt_dir)
 
@@ -247,8 +268,10 @@ class DefaultLogsSpecs(LogsSpecs):
         # touch the first one's files (torch deletes them).
         if not self._run_dir or attempt in self._attempts:
             base = self._root_log_dir or _temporary_base()
-            safe = run_id.replace("/", "_").replace("\0", "_")[:100]
-            stem = safe if self._root_log_dir else f"asupervise_{safe}"
+            stem = run_id.replace("/", "_").replace("\0", "_")[:100]
+            if not self._root_log_dir:
+                # torch's word for a run without an id says nothing to who finds it in /tmp.
+                stem = "asupervise" if stem == _NO_RUN_ID else f"asupervise_{stem}"
             self._run_dir = os.path.join(os.path.abspath(base), f"{stem}_{os.urandom(4).hex()}")
             self._attempts = set()
         self._attempts.add(attempt)

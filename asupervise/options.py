@@ -103,6 +103,15 @@ class LaunchOptions(NamedTuple):
         handled = any(name != "null" for name in self.event_log_handler)
         return self.live or handled or (self.events, self.metrics_port) != (None, None)
 
+    @property
+    def tees_all(self) -> bool:
+        """Whether what would go straight to the console is teed.
+
+        A worker's own writing would stand in the middle of the live view; and only what goes to a
+        file is seen as a sign of life.
+        """
+        return self.live or self.hang_timeout is not None
+
 
 _ALL: dict[str, Flag] = {flag.name: flag for group in FLAGS.values() for flag in group}
 _SHORT: dict[str, Flag] = {flag.short[1]: flag for flag in _ALL.values() if flag.short}
@@ -183,7 +192,8 @@ def _letters(word: str) -> tuple[Flag, str, bool]:
     assert found is not None, "any word matches that starts with a dash"
     switches, valued, rest = found.groups("")
     if rest and not valued:
-        raise UsageError(f"there is no flag -{rest[0]}", hint=_HINT_SCRIPT)
+        hint = _meant(_FOREIGN_SHORT.get(rest[0])) or _HINT_SCRIPT
+        raise UsageError(f"there is no flag -{rest[0]}", hint=hint)
     # Python 3.11 takes the "=" of "-mr=3" for a part of the value.
     return _SHORT[valued or switches[-1]], f"-{switches}{valued}{rest}", bool(valued and not rest)
 
@@ -206,13 +216,28 @@ def _named(name: str) -> Flag:
 _HINT_SCRIPT = "flags of the script stand after the script"
 
 
+# What other launchers (mpirun, srun, honcho, accelerate) call ours.
+_FOREIGN_SHORT = {"n": "--nproc-per-node", "N": "--nnodes", "v": "--version"}
+_FOREIGN = {
+    **dict.fromkeys(
+        ("--np", "--nprocs", "--nproc", "--ntasks", "--num-processes", "--num-procs", "--workers"),
+        "--nproc-per-node",
+    ),
+    **dict.fromkeys(("--nodes", "--num-nodes", "--num-machines"), "--nnodes"),
+    **dict.fromkeys(("--restarts", "--retries"), "--max-restarts"),
+    "--tag-output": "--tee 3",
+}
+
+
+def _meant(flag: str | None) -> str:
+    return f"did you mean {flag}?" if flag else ""
+
+
 def _unknown_flag(name: str, dashed: str) -> UsageError:
     from difflib import get_close_matches
 
-    alike = get_close_matches(dashed, _ALL, n=1)
-    return UsageError(
-        f"there is no flag {name}", hint=f"did you mean {alike[0]}?" if alike else _HINT_SCRIPT
-    )
+    flag = _FOREIGN.get(dashed) or next(iter(get_close_matches(dashed, _ALL, n=1)), None)
+    return UsageError(f"there is no flag {name}", hint=_meant(flag) or _HINT_SCRIPT)
 
 
 def _refusal(flag: Flag, word: str) -> UsageError:
@@ -275,6 +300,11 @@ def _checked(options: LaunchOptions) -> LaunchOptions:
             f"--memory-binding {options.memory_binding} needs --numa-binding",
             hint="--numa-binding node",
         )
+    if options.restart == "worker" and options.max_restarts < 1:
+        raise UsageError(
+            "--restart worker needs to know how often: --max-restarts is 0",
+            hint="--max-restarts 3: so many within --restart-within 60 seconds",
+        )
     _check_signals(options)
     _check_console(options)
     if "prometheus" in options.event_log_handler and options.metrics_port is None:
@@ -297,7 +327,7 @@ def check_stdin(options: LaunchOptions, workers: int) -> None:
 
 def _check_console(options: LaunchOptions) -> None:
     """What is for teed lines needs some; logs specs of a name may tee what they like."""
-    if options.tee != "0" or options.live or options.logs_specs is not None:
+    if options.tee != "0" or options.tees_all or options.logs_specs is not None:
         return
     asked = {
         "--timestamps": options.timestamps,
@@ -358,6 +388,8 @@ and ${local_world_size}; $$ stands for $.
 A flag's default is taken from the variable PET_<NAME>, as PET_NPROC_PER_NODE=4.
 PYTHON_EXEC, where it is set, is the Python that runs SCRIPT. OMP_NUM_THREADS,
 where it is not, becomes each worker's fair share of the cores.
+
+What a run has left is shown by python -m asupervise.view (show, logs, report).
 
 Exit status: 0; that of the worker that failed first (128+N where signal N ended
 it); 2 where the command line is wrong; 128+N where signal N ended the job."""

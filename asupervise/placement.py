@@ -166,7 +166,8 @@ def _seats_spread(
     if mode is AffinityMode.EXCLUSIVE and sum(weights) < nprocs:
         raise BindingError(
             f"affinity_mode='exclusive' needs a physical core for each of {nprocs} ranks, but the "
-            f"allowed CPUs {format_ranges(topology.allowed)} are {sum(weights)} cores"
+            f"allowed CPUs {format_ranges(topology.allowed)} are {sum(weights)} cores",
+            hint="fewer ranks, or an affinity that lets them share: node, socket, core-complex",
         )
     sockets = [_socket_place(topology, min(cpus)) for _, cpus, _ in places]
     few = f", {len(gpus)} GPUs being too few" if gpus else ""

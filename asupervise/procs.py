@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from asupervise import binder, files
 from asupervise.context import PContext
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from asupervise.formats import ConsoleFormat
     from asupervise.functions.zygote import Zygote
 
-__all__ = ["PContext", "StartingProcesses", "plan_processes", "start_processes"]
+__all__ = ["PContext", "StartingProcesses", "Unstarted", "plan_processes", "start_processes"]
 
 
 def start_processes(
@@ -96,7 +97,9 @@ def start_processes(
             Where a cgroup v2 has been delegated to us, the workers get one of their own as well.
         hang_timeout: seconds without output and without CPU use (or, once a worker has called
             :func:`asupervise.heartbeat`, without a heartbeat) after which the stacks of all
-            workers are taken and the group fails with the hang as its cause; None for never.
+            workers are taken and the group fails with the hang as its cause; None for never. Only
+            output that goes to files is seen: without ``tee`` or ``redirects`` a worker that
+            prints, and otherwise sleeps, counts as hanging.
         memory_sample_interval: seconds between looks at the workers' memory, which a report of a
             death by SIGKILL tells; 0 turns it off.
         events: a bus that is told what happens, besides ``ctx.events()``: for one that carries
@@ -186,7 +189,47 @@ def plan_processes(
     return starting.plan()
 
 
-class StartingProcesses:
+class Unstarted:
+    """What starts something once it is awaited or entered, and says so if it never is.
+
+    Args:
+        what: is started.
+        gives: what awaiting it gives.
+    """
+
+    def __init__(self, what: str, gives: type) -> None:
+        self._what = what
+        self._gives = gives
+        self._used = False
+        self._forgotten = True
+
+    def _begin(self) -> None:
+        self._forgotten = False
+        if self._used:
+            raise RuntimeError(f"{self._what} is started already")
+        self._used = True
+        refuse_in_main_import()
+
+    def __del__(self) -> None:
+        if self._forgotten:
+            warnings.warn(
+                f"{self._what} was never started: `await` it, or enter it with `async with`",
+                RuntimeWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    if not TYPE_CHECKING:  # for a type checker all attributes would be there
+
+        def __getattr__(self, name: str) -> NoReturn:
+            # With torch one has a running group here.
+            problem = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if not name.startswith("_") and hasattr(self._gives, name):
+                problem = f"{problem}: `await` it first, or enter it with `async with`"
+            raise AttributeError(problem, name=name, obj=self)
+
+
+class StartingProcesses(Unstarted):
     """What :func:`start_processes` returns: ``await`` it, or enter it with ``async with``.
 
     Attributes:
@@ -206,7 +249,7 @@ class StartingProcesses:
         self._numa_options = numa_options
         self._options = options
         self.permit: Callable[[], bool] = lambda: True
-        self._used = False
+        super().__init__(f"group {spec.name!r}", PContext)
         self._context: PContext | None = None
 
     @property
@@ -216,6 +259,7 @@ class StartingProcesses:
 
     def plan(self) -> GroupPlan:
         """The plan, without starting anything."""
+        self._forgotten = False
         return self._plan(binder.choose(self._spec, self._numa_options, os.environ))
 
     def _plan(self, spec: GroupSpec) -> GroupPlan:
@@ -224,10 +268,7 @@ class StartingProcesses:
         return plan
 
     async def _start(self) -> PContext:
-        if self._used:
-            raise RuntimeError(f"group {self._spec.name!r} is started already")
-        self._used = True
-        refuse_in_main_import()
+        self._begin()
         spec = await binder.choose_and_probe(self._spec, self._numa_options, os.environ)
         self._context = PContext(
             self._plan(spec), self._options, work_of(spec), events=self._events

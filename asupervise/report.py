@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from asupervise.error_files import join_notes
 from asupervise.failures import NOT_AVAILABLE, ProcessFailure, exit_status, in_order
-from asupervise.hints import hint_of
+from asupervise.hints import hint_of, what_failed
 from asupervise.ranges import format_ranges
 
 _MAX_WIDTH = 60
@@ -20,9 +20,6 @@ _OTHER_TEXT_CHARS = 4_096
 _TAIL_CHARS = 4_096
 _LINE_CHARS = 200
 # How a traceback of Python ends, and its words about a crash.
-_LAST_WORDS = re.compile(
-    r"[A-Za-z_][\w.]*(?:Error|Exception|Exit|Interrupt)(?::|$)|Fatal Python error"
-)
 _ALL_ENDED: Final = "  No rank failed by itself: the supervisor ended them all."
 _TERMINAL_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -70,14 +67,17 @@ def headline(rank: int, failure: ProcessFailure) -> str:
 
 
 def _what(failure: ProcessFailure) -> str:
-    recorded = _message(failure) if failure.traceback else ""
-    lines = (recorded or failure.cause).strip().split("\n")
-    if not lines[0]:
-        lines = [line for line in failure.stderr_tail.split("\n") if _LAST_WORDS.match(line)][-1:]
-    if not lines:
-        name = failure.signal_name()
-        return name if name != NOT_AVAILABLE else f"exit code {failure.exitcode}"
-    return lines[0] if len(lines[0]) <= _LINE_CHARS else f"{lines[0][:_LINE_CHARS]}..."
+    name = failure.signal_name()
+    said = what_failed(
+        failure.exitcode,
+        cause=failure.cause,
+        signal=name if name != NOT_AVAILABLE else "",
+        message=_message(failure),
+        traceback=failure.traceback,
+        stderr_tail=failure.stderr_tail,
+    )
+    line = said.strip().partition("\n")[0]
+    return line if len(line) <= _LINE_CHARS else f"{line[:_LINE_CHARS]}..."
 
 
 def _message(failure: ProcessFailure) -> str:
@@ -100,6 +100,7 @@ def hint_for(failure: ProcessFailure, **known: Any) -> str:
         signal=name if name != NOT_AVAILABLE else "",
         message=_message(failure),
         stderr_tail=failure.stderr_tail,
+        stack=failure.stack,
         **known,
     )
 

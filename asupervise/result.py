@@ -72,8 +72,16 @@ class RunProcsResult:
         if self.failures:
             ranks = global_ranks or {}
             raise ChildFailedError(
-                name, {ranks.get(local, local): failure for local, failure in self.failures.items()}
+                name,
+                {ranks.get(local, local): failure for local, failure in self.failures.items()},
+                log_dir=self.log_dir,
             )
+
+
+def _hint(failure: ProcessFailure) -> str | None:
+    from asupervise.report import hint_for
+
+    return hint_for(failure) or None
 
 
 class ChildFailedError(SupervisorError):
@@ -88,6 +96,8 @@ class ChildFailedError(SupervisorError):
         failures: by global rank; not empty.
         culprit: the global rank of the root cause, where that is known otherwise than from
             `failures`: the nodes of a run agree on it.
+        log_dir: where the logs and the report lie, if they do; a traceback names it, and says
+            what to do.
 
     Raises:
         AssertionError: there are no failures (torch's exception, too).
@@ -105,14 +115,20 @@ class ChildFailedError(SupervisorError):
         failures: Mapping[int, ProcessFailure],
         *,
         culprit: int | None = None,
+        log_dir: str | None = None,
     ) -> None:
         if not failures:
             raise AssertionError("ChildFailedError needs at least one failure")
         self.name = name
         self.failures = dict(failures)
         self.culprit = culprit
+        self.log_dir = log_dir
         first = self.get_first_failure()[1]
-        super().__init__(self.format_msg(), local_rank=first.local_rank, pid=first.pid)
+        super().__init__(
+            self.format_msg(), local_rank=first.local_rank, pid=first.pid, hint=_hint(first)
+        )
+        if log_dir:
+            self.add_note(f"logs: {log_dir}")
         self.__cause__ = first.exception
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -97,6 +97,12 @@ def checked_spec(
     _check_start_method(start_method)
     if stdin is not None and stdin not in args:
         raise ValueError(f"stdin: no local rank {stdin!r}: expected 0..{len(args) - 1} or None")
+    if logs_specs is not None and (
+        isinstance(logs_specs, type) or not callable(getattr(logs_specs, "reify", None))
+    ):
+        raise ValueError(
+            f"logs_specs: {logs_specs!r}: expected LogsSpecs, as DefaultLogsSpecs(tee=Std.ALL)"
+        )
     function = None
     if callable(entrypoint):
         from asupervise.functions.spec import checked_function
@@ -219,8 +225,8 @@ def _checked_entrypoint(entrypoint: str | Sequence[str]) -> str | tuple[str, ...
         parts = tuple(cast(Any, entrypoint)) if hasattr(entrypoint, "__iter__") else ()
     if not parts or not parts[0] or not all(isinstance(part, str) for part in parts):
         raise ValueError(
-            f"entrypoint: {entrypoint!r}: expected a program, or a sequence of strings whose "
-            "first is a program"
+            f"entrypoint: {entrypoint!r}: expected a program, a sequence of strings whose first "
+            "is a program, or a callable"
         )
     return entrypoint if isinstance(entrypoint, str) else parts
 

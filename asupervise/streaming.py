@@ -136,6 +136,7 @@ class LogStreams:
         plan: GroupPlan,
         form: ConsoleFormat | None = None,
     ) -> None:
+        self._temporary = plan.logs.temporary
         self._hub = hub
         self._group = group
         self._sources: dict[Tailer, _Source] = {}
@@ -292,8 +293,11 @@ class LogStreams:
 
     def warnings(self) -> list[str]:
         """What could not be shown, a sentence each."""
+        kept = "; the log files are complete"
+        if self._temporary:
+            kept = f"{kept}, and stay after a failure; in a log_dir they stay in any case"
         broken = [
-            f"{name}: takes nothing any more ({broken}); the log files are complete"
+            f"{name}: takes nothing any more ({broken}){kept}"
             for name, stream in self._streams.items()
             if (broken := stream.showing.console.broken) is not None
         ]

@@ -68,7 +68,7 @@ OURS: list[tuple[str, str | None, Any]] = [
     ("--events", "run.jsonl", "run.jsonl"),
     ("--metrics-port", "9464", ("127.0.0.1", 9464)),
     ("--metrics-port", "[::1]:0", ("::1", 0)),
-    ("--restart", "worker", "worker"),
+    ("--restart", "group", "group"),
     ("--restart-within", "90", 90.0),
     ("--min-uptime", "2.5", 2.5),
     ("--restart-backoff", "0", 0.0),
@@ -349,6 +349,17 @@ def test_one_of_the_ending_signals_can_be_passed_on_instead() -> None:
 
 def test_an_unknown_flag_gets_a_suggestion() -> None:
     assert refused("--nproc-per-nod3", "2", "x.py").hint == "did you mean --nproc-per-node?"
+
+
+@pytest.mark.parametrize("words", ["-n 4", "-np 4", "--nprocs 4", "--num_processes=4"])
+def test_what_other_launchers_call_it_is_understood_for_the_hint(words: str) -> None:
+    assert refused(*words.split(), "x.py").hint == "did you mean --nproc-per-node?"
+
+
+def test_services_without_a_restart_are_no_services() -> None:
+    error = refused("--restart", "worker", "x.py")
+    assert "--max-restarts is 0" in str(error)
+    assert parsed("--restart", "worker", "--max-restarts", "1").restart == "worker"
 
 
 def test_standalone_overrides_even_what_would_be_refused() -> None:

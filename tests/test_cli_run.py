@@ -318,6 +318,8 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
     assert re.search(r" ours +console +console ", second)
     assert re.search(r"^rank 1: .+ of node \d+", table, re.MULTILINE)
     assert "  LOCAL_RANK=0 | 1\n" in table
+    assert "  TORCHELASTIC_ERROR_FILE=<logs>/attempt_0/<local rank>/error.json\n" in table
+    assert "  MASTER_PORT=<a free port>\n" in table
     assert not logs.exists()
     assert not (tmp_path / "0").exists()
 
@@ -344,7 +346,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(
             "--signals-to-handle TERM --forward-signals TERM MARK",
             "--signals-to-handle and --forward-signals cannot both have SIGTERM",
         ),
-        ("missing.py", "local rank 0: no such script: 'missing.py'"),
+        ("missing.py", "error: no such script: 'missing.py'"),
         ("--no-python ./missing", "local rank 0: no such program: './missing'"),
         ("--no-python missing-program", "local rank 0: no such program on PATH: 'missing-program'"),
         ("--no-python FILE", "local rank 0: the program is not executable: 'FILE'"),

@@ -174,13 +174,20 @@ def test_the_one_that_the_others_wait_for_is_singled_out(
     assert "error_handler.py" not in report
 
 
-async def test_a_silent_idle_worker_is_a_hang(channel: Channel, no_py_spy: None) -> None:
+@pytest.mark.parametrize("seen", [False, True])
+async def test_a_silent_idle_worker_is_a_hang(
+    channel: Channel, no_py_spy: None, seen: bool
+) -> None:
     began = time.monotonic()
-    async with start(channel, SLEEP, hang_timeout=0.3) as ctx:
+    logs = DefaultLogsSpecs(redirects=Std.OUT if seen else Std.NONE)
+    async with start(channel, SLEEP, hang_timeout=0.3, logs_specs=logs) as ctx:
         result = await ctx.wait()
     assert time.monotonic() - began >= 0.3
     rank, cause = root_of(result)
-    assert (rank, cause[:38]) == (0, "hang: no output and no CPU use for 0.3")
+    signs, what = ("no output and no CPU use", "") if seen else ("no CPU use", "not seen")
+    assert rank == 0
+    assert cause.startswith(f"hang: {signs} for 0.3")
+    assert what in cause
     assert result is not None
     assert "process sleep" in result.failures[0].stack
 
@@ -378,6 +385,24 @@ async def test_without_a_timeout_nothing_is_looked_for(channel: Channel) -> None
 def test_a_timeout_that_makes_no_sense(timeout: float) -> None:
     with pytest.raises(ValueError, match="hang_timeout"):
         start_group("t", "/bin/true", {0: ()}, {0: {}}, hang_timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("words", "stdout", "stderr"),
+    [
+        ((), "0/stdout.log + console", "0/stderr.log + console"),
+        (("--redirects", 1), "0/stdout.log  ", "0/stderr.log + console"),
+        (("--tee", 1, "--redirects", 2), "0/stdout.log + console", "0/stderr.log  "),
+    ],
+)
+def test_output_that_nobody_would_see_is_teed(
+    run_cli: Run, words: tuple[object, ...], stdout: str, stderr: str
+) -> None:
+    """Else a worker that prints, and sleeps in between, counted as hanging."""
+    done = run_cli("--hang-timeout", 9, *words, "--dry-run", "--no-python", "true")
+    table = done.stdout.decode()
+    assert f" attempt_0/{stdout}" in table
+    assert f" attempt_0/{stderr}" in table
 
 
 def test_by_the_command_line(run_cli: Run, tmp_path: Path) -> None:

@@ -122,14 +122,16 @@ ROOMS = {
     "views.story": room("events views.lives"),
     "views.files": room("views.lives views.story"),
     "views.rundir": room("error_files errors events procfs views.files views.lives views.story"),
-    "views.words": room("views.lives"),
-    "views.happenings": room("events views.plain views.story views.words"),
+    "views.words": room("hints views.lives"),
+    "views.happenings": room("events hints views.plain views.story views.words"),
     "views.summary": room("hints views.lives views.markup views.plain views.story views.words"),
     "views.timeline": room(
         "views.happenings views.lives views.markup views.plain views.story views.words"
     ),
     "views.resources": room("views.lives views.markup views.story views.timeline views.words"),
-    "views.ranks": room("views.lives views.markup views.plain views.story views.words"),
+    "views.ranks": room(
+        "views.lives views.markup views.plain views.story views.summary views.words"
+    ),
     "views.excerpts": room("views.files views.markup views.plain views.words"),
     "views.stamps": room(),
     "views.loglines": room("views.files views.plain views.stamps"),
@@ -172,7 +174,7 @@ ROOMS = {
         "views.live.painting views.live.rows views.live.spans views.live.tty"
     ),
     "views.live.driving": room(
-        "bus views.live.above views.live.board views.live.canvas views.live.gpu_use"
+        "bus events views.live.above views.live.board views.live.canvas views.live.gpu_use"
         " views.live.last_lines"
         " views.live.layout views.live.painting views.live.rows views.live.spans"
         " views.live.tty",
@@ -360,7 +362,7 @@ ROOMS = {
     "job": room(
         "cpus elastic.blueprint elastic.meeting elastic.node elastic.rendezvous.Request"
         " environ options",
-        lazily="binding formats logs procs topology",
+        lazily="binding formats logs procs ranges topology",
     ),
     "dryrun": room("job plan", lazily="binding"),
     "signals": room(asynchronous=True),

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asupervise.hints import hint_of
+from asupervise.hints import hint_of, what_failed
+from asupervise.memory import OomCounts, explain_sigkill
+from asupervise.views.lives import Failure, Life
 from asupervise.views.markup import Html, escape, log_html, raw, tag
 from asupervise.views.plain import (
     Style,
@@ -22,7 +24,7 @@ from asupervise.views.plain import (
     styled,
     without_sequences,
 )
-from asupervise.views.words import clock, duration, moment, offset, size
+from asupervise.views.words import clock, duration, how_ended, moment, offset, size
 
 ESC = "\x1b"
 # All that there is, and what is of interest more often than by chance.
@@ -195,18 +197,34 @@ def test_durations(seconds: float, text: str) -> None:
 # --- hints --------------------------------------------------------------------------------------
 
 
+FROM_OUTSIDE = explain_sigkill(OomCounts(machine=1), OomCounts(machine=1), None)
+CHAIN = """FileNotFoundError: [Errno 2] No such file or directory: 'shard'
+
+The above exception was the direct cause of the following exception:
+
+RuntimeError: cannot load"""
+
+
 @pytest.mark.parametrize(
     ("given", "begins"),
     [
         ({"cause": "the kernel's OOM killer (cgroup /g)"}, "The kernel ended it because memory"),
+        ({"cause": FROM_OUTSIDE}, "Somebody outside killed it"),
         ({"cause": "hang: no heartbeat for 4 s"}, "Compare where the ranks were"),
+        ({"cause": "hang: no CPU use for 4 s, and its output is not seen"}, "--tee 3 lets output"),
+        ({"cause": "hang: no output", "stack": "state S, waiting in nap"}, "@record, or the extra"),
         ({"signal": "SIGKILL"}, "Somebody outside killed it"),
         ({"signal": "SIGSEGV"}, "A crash outside Python (native code touched"),
         ({"exitcode": 127}, "A program was not found"),
         ({"message": "ModuleNotFoundError: No module named 'a.b'"}, "a.b is not installed"),
         ({"stderr_tail": "torch.OutOfMemoryError: CUDA out of memory"}, "A GPU's memory"),
         ({"message": "OSError: [Errno 98] Address already in use"}, "A port is taken"),
-        ({"message": "No traceback was recorded. Decorate"}, "@record on its main function"),
+        ({"message": "No traceback was recorded."}, "@record on its main function"),
+        ({"message": "No traceback was recorded.", "exitcode": 4}, ""),
+        ({"message": "ValueError: timed out = 5"}, ""),
+        ({"message": "TimeoutError: timed out"}, "The other end was gone"),
+        ({"stderr_tail": CHAIN}, ""),
+        ({"stderr_tail": "FileNotFoundError: [Errno 2] No such file: 'a.txt'"}, "Workers start in"),
         ({"message": "No traceback was recorded.", "stderr_in_file": False}, "What it said went"),
         ({"message": "No traceback was recorded.", "python": "", "look": "v"}, "See what it has"),
         ({"message": "ValueError: no such batch"}, ""),
@@ -222,6 +240,30 @@ def test_hints(given: dict[str, object], begins: str) -> None:
     exitcode = given.pop("exitcode", 1)
     assert hint_of(exitcode, **given).startswith(begins)  # type: ignore[arg-type]
     assert begins or not hint_of(exitcode, **given)  # type: ignore[arg-type]
+
+
+def test_a_kill_from_outside_is_no_lack_of_memory() -> None:
+    oom, outside = Failure(cause="the kernel's OOM killer (cgroup /g)"), Failure(cause=FROM_OUTSIDE)
+    assert how_ended(Life(0, 0, 0, exitcode=-9, failure=oom)) == "out of memory"
+    assert how_ended(Life(0, 0, 0, exitcode=-9, failure=outside)) == "SIGKILL"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "exit code 1"),
+        ({"signal": "SIGSEGV"}, "SIGSEGV"),
+        ({"signal": "SIGSEGV", "stderr_tail": "Fatal Python error: x\n"}, "Fatal Python error: x"),
+        ({"message": "No traceback was recorded."}, "exit code 1"),
+        ({"message": "KeyError: 'a'", "traceback": "..."}, "KeyError: 'a'"),
+        ({"cause": "hang: no heartbeat", "stderr_tail": "KeyError: 'a'"}, "hang: no heartbeat"),
+        ({"stderr_tail": "KeyError: 'a'\nlater words"}, "KeyError: 'a'"),
+        ({"stderr_tail": "Traceback (most recent call last):\n  f()\na.B: c\nd"}, "a.B: c"),
+        ({"stderr_tail": "just words"}, "exit code 1"),
+    ],
+)  # fmt: skip
+def test_what_a_worker_failed_of(given: dict[str, str], said: str) -> None:
+    assert what_failed(1, **given) == said
 
 
 def test_the_hint_about_a_hang_names_the_file_of_its_frames() -> None:

@@ -22,12 +22,13 @@ from asupervise import (
     RunProcsResult,
     Std,
     plan_processes,
+    run_services,
     start_processes,
 )
 from asupervise._compat import has_ended
 from asupervise.postmortem import WallClock
 from asupervise.spec import RunOptions
-from tests.workers import HELD, PYTHON, READY, SLEEP, Channel, gone, is_alive, start
+from tests.workers import HELD, PYTHON, READY, SLEEP, Channel, gone, is_alive, shell, start
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -170,11 +171,16 @@ async def test_the_report_has_the_last_lines_of_stderr(tmp_path: Path) -> None:
     assert "line 99" in str(caught.value)
 
 
-# Rank 0 waits for rank 1, and fails so much later.
+# Rank 0 waits until rank 1 has failed, as far as can be seen from there, and fails so much later.
 RAISING = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 {record}
+def gone(pid):
+    try:
+        return " Z " in open(f"/proc/{{pid}}/stat").read()
+    except FileNotFoundError:
+        return True
 @record
 def main():
     rank, channel, gate = int(os.environ["RANK"]), os.environ["CHANNEL"], os.environ["GATE"]
@@ -182,10 +188,12 @@ def main():
         file.write(f"ready {{rank}} 0\\n")
     if rank == 1:
         with open(gate, "w") as file:
-            file.write("go\\n")
+            file.write(f"{{os.getpid()}} {{os.environ['TORCHELASTIC_ERROR_FILE']}}\\n")
     else:
         with open(gate) as file:
-            file.readline()
+            pid, recorded = file.readline().split()
+        while not (os.path.exists(recorded) or gone(pid)):
+            time.sleep(0.001)
         time.sleep({delay_s})
     raise ValueError(f"rank {{rank}}")
 main()
@@ -328,6 +336,28 @@ async def test_a_group_cannot_be_used_before_it_is_started() -> None:
     await (await starting).wait()
     with pytest.raises(RuntimeError, match="group 't' is started already"):
         await starting
+
+
+def test_a_group_that_nobody_awaits_says_so() -> None:
+    with pytest.warns(RuntimeWarning, match=r"group 't' was never started: `await` it, or"):
+        start(None, "true")
+    with pytest.warns(RuntimeWarning, match=r"service 't' was never started"):
+        run_services(**shell(None, ["true"]))
+
+
+async def test_what_is_not_awaited_yet_is_no_group() -> None:
+    starting = start(None, "true")
+    with pytest.raises(AttributeError, match=r"no attribute 'wait': `await` it first, or enter it"):
+        starting.wait()  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match=r"no attribute 'wiat'$"):
+        starting.wiat()  # type: ignore[attr-defined]
+    await (await starting).wait()
+
+
+@pytest.mark.parametrize("given", [{"tee": 3}, 3, DefaultLogsSpecs], ids=["a", "b", "c"])
+def test_what_is_no_logs_specs(given: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"logs_specs: .* expected LogsSpecs, as"):
+        start(None, "true", logs_specs=given)
 
 
 async def test_several_groups_at_once(channel: Channel) -> None:

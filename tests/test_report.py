@@ -31,6 +31,7 @@ from tests.run_folders import (
     worker,
     write,
 )
+from tests.workers import SLEEP, Channel, start
 
 MIB = 1 << 20
 
@@ -137,10 +138,23 @@ def test_a_run_that_goes_on_and_one_that_was_cut_off(
 
 def test_a_run_that_was_told_to_end(run_cli: Run, tmp_path: Path) -> None:
     script = 'kill -TERM "$PPID"; exec sleep 100'
-    run_cli("--no-python", "--log-dir", tmp_path, "--no-guardian", "sh", "-c", script)
+    done = run_cli("--no-python", "--log-dir", tmp_path, "--no-guardian", "sh", "-c", script)
     (folder,) = tmp_path.iterdir()
+    assert (done.returncode, f"logs: {folder}\n" in done.stderr.decode()) == (143, True)
     text = text_of(page_of(folder))
-    assert "This node was told to leave the run. No rank failed by itself: those" in text
+    assert "Ended: sh" in text
+    assert "Interrupted by SIGTERM. No rank failed by itself: those that ran were ended." in text
+    assert "the run was ended by SIGTERM (exit status 143)" in text
+
+
+async def test_a_group_that_its_application_has_ended(tmp_path: Path, channel: Channel) -> None:
+    logs = DefaultLogsSpecs(str(tmp_path / "logs"))
+    async with start(channel, SLEEP, logs_specs=logs) as ctx:
+        await channel.pids(1)
+    assert ctx.log_dir is not None
+    text = text_of(page_of(Path(ctx.log_dir)))
+    assert "Ended: sh" in text
+    assert "No rank failed by itself: those that ran were ended." in text
 
 
 def test_a_culprit_of_another_node(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from asupervise.result import RunProcsResult
 from asupervise.shielding import run_in_any_case
 
 if TYPE_CHECKING:
+    from signal import Signals
+
     from asupervise.failures import ProcessFailure
     from asupervise.signals import Signalled
 
@@ -91,12 +93,14 @@ class Hooks(NamedTuple):
             with the end of the run.
         stop: set when the node is to leave the run, as soon as its group has ended.
         on_warning: called with what is not as it should be between two groups, a sentence.
+        stopped_by: by which signal the node has been told to leave; None if by none.
     """
 
     on_group: Callable[[Signalled | None], None] = lambda _: None
     on_round: Callable[[Round], None] = lambda _: None
     stop: asyncio.Event | None = None
     on_warning: Callable[[str], None] = lambda _: None
+    stopped_by: Callable[[], Signals | None] = lambda: None
 
 
 NO_HOOKS: Final = Hooks()

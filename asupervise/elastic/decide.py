@@ -220,7 +220,8 @@ def after_failure(
     broken = round.broken + 1 if culprit.uptime_s < policy.min_uptime_s else 0
     over = round._replace(state="over", succeeded=False, culprit=culprit, why=why, broken=broken)
     if round.restarts >= terms.max_restarts:
-        return over
+        used = f"all {round.restarts} restarts are" if round.restarts > 1 else "the one restart is"
+        return over._replace(why=f"{why}: {used} used up") if round.restarts else over
     if broken >= policy.max_broken_starts:
         return over._replace(
             why=f"{why}: {broken} times in a row sooner than {policy.min_uptime_s:g} s after its "

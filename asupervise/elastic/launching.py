@@ -146,7 +146,9 @@ def _values(outcome: Outcome, name: str) -> dict[int, Any]:
     if round is None or not round.succeeded:
         if failures := failures_of(outcome):
             culprit = outcome.culprit
-            raise ChildFailedError(name, failures, culprit=culprit.rank if culprit else None)
+            rank = culprit.rank if culprit else None
+            log_dir = outcome.result.log_dir if outcome.result is not None else None
+            raise ChildFailedError(name, failures, culprit=rank, log_dir=log_dir)
         raise RunError(round.why if round is not None else "this node has left the run")
     if outcome.result is None or outcome.standing is None:
         return {}

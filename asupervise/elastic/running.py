@@ -94,7 +94,10 @@ async def serve(
         ) as services:
             hooks.on_group(services)
             result = await services.wait()
-    over = standing.round._replace(state="over", succeeded=not result.is_failed())
+    cause = result.root_cause
+    over = standing.round._replace(
+        state="over", succeeded=not result.is_failed(), why=cause[1].note if cause else ""
+    )
     return Outcome(over, result, standing)
 
 
@@ -134,7 +137,7 @@ async def run(
         told.broke_off(exc)
         await run_in_any_case(recorder.finish)
         raise
-    told.ended(outcome.round, outcome.culprit, outcome.result)
+    told.ended(outcome.round, outcome.culprit, outcome.result, hooks.stopped_by())
     if problem := await recorder.finish():
         hooks.on_warning(problem)
     return outcome

@@ -113,7 +113,7 @@ def run_services(
     return StartingServices(spec, numa_options, options, limits, on_restart, events)
 
 
-class StartingServices:
+class StartingServices(procs.Unstarted):
     """What :func:`run_services` returns: ``await`` it, or enter it with ``async with``."""
 
     def __init__(
@@ -131,14 +131,11 @@ class StartingServices:
         self._options = options
         self._limits = limits
         self._on_restart = on_restart
-        self._used = False
+        super().__init__(f"service {spec.name!r}", Services)
         self._services: Services | None = None
 
     async def _start(self) -> Services:
-        if self._used:
-            raise RuntimeError(f"service {self._spec.name!r} is started already")
-        self._used = True
-        procs.refuse_in_main_import()
+        self._begin()
         spec = await binder.choose_and_probe(self._spec, self._numa_options, os.environ)
         self._services = Services(
             Attempts(spec, self._options), self._options, self._limits, self._on_restart,

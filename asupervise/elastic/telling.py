@@ -9,6 +9,8 @@ from asupervise.bus import EventBus
 from asupervise.elastic.records import Culprit, Round
 
 if TYPE_CHECKING:
+    from signal import Signals
+
     from asupervise.result import RunProcsResult
 
 __all__ = ["RunTeller"]
@@ -60,7 +62,11 @@ class RunTeller:
         )  # fmt: skip
 
     def ended(
-        self, round: Round | None, culprit: Culprit | None, result: RunProcsResult | None
+        self,
+        round: Round | None,
+        culprit: Culprit | None,
+        result: RunProcsResult | None,
+        stopped_by: Signals | None = None,
     ) -> None:
         """There will be no other group.
 
@@ -68,16 +74,23 @@ class RunTeller:
             round: the last state of the run, as far as this node knows.
             culprit: what it failed of.
             result: of this node's last group.
+            stopped_by: the signal by which this node was told to leave.
         """
         succeeded = round is not None and round.succeeded
         over = round is not None and round.state == "over"
+        status = 0 if succeeded else _status(culprit, result)
+        # What an unfinished round says is why it began.
+        why = round.why if round is not None and over else "this node was told to leave the run"
+        if stopped_by is not None:
+            status = 128 + stopped_by
+            why = why if culprit is not None else f"interrupted by {stopped_by.name}"
         self.bus.tell(
             "RunEnded", **self._ids,
             succeeded=succeeded,
-            # What an unfinished round says is why it began.
-            why=round.why if round is not None and over else "this node was told to leave the run",
-            exit_status=0 if succeeded else _status(culprit, result),
+            why=why,
+            exit_status=status,
             root_cause=culprit.rank if culprit is not None else None,
+            signal=stopped_by.name if stopped_by is not None else "",
         )  # fmt: skip
 
     def broke_off(self, error: BaseException) -> None:

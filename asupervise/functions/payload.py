@@ -100,7 +100,8 @@ def _named(
     function: Callable[..., Any], args: tuple[object, ...], rank: int, error: Exception
 ) -> NotPicklableError:
     """The error with the one among function and arguments that is to blame."""
-    suspects: list[tuple[str, object]] = [(f"entrypoint: {function!r}", function)]
+    name = getattr(function, "__qualname__", None) or repr(function)
+    suspects: list[tuple[str, object]] = [(f"entrypoint: {name}", function)]
     suspects += [
         (f"args: local rank {rank}: argument {place} (a {type(arg).__qualname__})", arg)
         for place, arg in enumerate(args)

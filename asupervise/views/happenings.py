@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Final, NamedTuple
 
 from asupervise import events as ev
+from asupervise.hints import what_failed
 from asupervise.views.plain import one_line, ranks_text
 from asupervise.views.story import Run
 from asupervise.views.words import count, duration, signal_name
@@ -78,10 +79,17 @@ def _told(key: tuple[object, ...], row: Sequence[ev.Event]) -> tuple[str, str]:
         how = "ended with success" if first.exitcode == 0 else f"ended: {_code(first.exitcode)}"
         return ("exit" if first.exitcode == 0 or key[-1] else "fail"), f"{who} {how}"
     if isinstance(first, ev.WorkerFailed) and not first.ended_by_us:
-        what = one_line(first.cause or first.message)
+        what = one_line(_what(first))
         root = "root cause: " if first.root_cause else ""
         return "fail", f"{root}{who}: {what}"
     return "", ""
+
+
+def _what(event: ev.WorkerFailed) -> str:
+    return what_failed(
+        event.exitcode, cause=event.cause, signal=event.signal, message=event.message,
+        traceback=event.traceback, stderr_tail=event.stderr_tail,
+    )  # fmt: skip
 
 
 def _code(exitcode: int) -> str:
@@ -122,8 +130,10 @@ def _of_run(event: ev.Event) -> tuple[str, str]:
         case ev.Warned():
             return "warn", one_line(event.text, 500)
         case ev.GroupEnded():
-            how = "with success" if event.succeeded else "with a failure"
-            return "end", f"all workers have ended, {how}"
+            failed = ", with a failure" if event.root_cause is not None else ""
+            return "end", f"all workers have ended{', with success' if event.succeeded else failed}"
+        case ev.RunEnded(signal=signal) if signal:
+            return "end", f"the run was ended by {signal} (exit status {event.exit_status})"
         case ev.RunEnded():
             why = f": {one_line(event.why)}" if event.why else ""
             how = "succeeded" if event.succeeded else "failed"

@@ -9,6 +9,7 @@ from asupervise.views.lives import Life
 from asupervise.views.markup import Child, Html, tag
 from asupervise.views.plain import one_line, ranks_text
 from asupervise.views.story import Run
+from asupervise.views.summary import headline
 from asupervise.views.words import count, duration, how_ended, size
 
 __all__ = ["binding_of", "ranks_table", "stacks_of"]
@@ -120,7 +121,7 @@ def _what(life: Life) -> Child:
     """What it failed of, or where it was."""
     failure = life.failure
     if failure is not None and not failure.ended_by_us:
-        return tag("span", one_line(failure.cause or failure.message, 160), class_="what")
+        return tag("span", one_line(headline(life), 160), class_="what")
     return tag("span", _where(life), class_="what") if _where(life) else None
 
 

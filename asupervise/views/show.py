@@ -15,7 +15,7 @@ from asupervise.views.words import duration, how_ended, moment, offset, size
 
 __all__ = ["shown_run"]
 
-_SIGNS: Final = {"failed": "31", "succeeded": "32", "running": "34", "unknown": "33"}
+_SIGNS: Final = {"failed": "31", "succeeded": "32", "ended": "33", "running": "34", "unknown": "33"}
 _TEXT_CHARS: Final = 8192
 _MOST_GROUPS: Final = 16
 
@@ -70,7 +70,7 @@ def _culprit(life: Life) -> Iterator[str]:
         yield f"  it was {one_line(failure.stack, 400)}"
     hint = hint_of(
         life.exitcode, cause=failure.cause, signal=failure.signal, message=failure.message,
-        stderr_tail=failure.stderr_tail, stderr_in_file=bool(life.stderr),
+        stderr_tail=failure.stderr_tail, stderr_in_file=bool(life.stderr), stack=failure.stack,
     )  # fmt: skip
     if hint:
         yield f"hint: {hint}"

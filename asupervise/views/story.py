@@ -19,7 +19,7 @@ __all__ = [
     "told_run",
 ]
 
-State = Literal["succeeded", "failed", "running", "unknown"]
+State = Literal["succeeded", "failed", "ended", "running", "unknown"]
 
 # Somebody who is about to be started anew counts as running for so long after that was due.
 _LATE_S: Final = 30.0
@@ -49,7 +49,8 @@ class Run(NamedTuple):
     """What a run's folder says about it.
 
     Attributes:
-        state: how it ended. "unknown": its end is written down nowhere, and it does not go on.
+        state: how it ended. "ended": somebody ended it, by a signal or in the application, and no
+            worker had failed; "unknown": its end is written down nowhere, and it does not go on.
         title: what ran.
         run_id: as the workers know it.
         group: the workers' role.
@@ -145,7 +146,7 @@ def _ended(
 ) -> Run:
     if (end := _end(told)) is None:
         return _going_on(run, told, is_alive, now)
-    run = run._replace(state="succeeded" if end.succeeded else "failed", root_cause=end.root_cause)
+    run = run._replace(state=_state(end, run.lives), root_cause=end.root_cause)
     if isinstance(end, ev.RunEnded):
         run = run._replace(why=end.why, exit_status=end.exit_status)
     if end.succeeded:
@@ -154,6 +155,15 @@ def _ended(
     if culprit is not None and run.root_cause not in (None, culprit.rank):
         culprit = None  # it was on another node
     return run._replace(culprit=culprit)
+
+
+def _state(end: ev.RunEnded | ev.GroupEnded, lives: Sequence[Life]) -> State:
+    if isinstance(end, ev.RunEnded):
+        from_outside = bool(end.signal) and end.root_cause is None
+    else:
+        nobody_failed = not end.succeeded and end.root_cause is None
+        from_outside = nobody_failed and any(life.outcome == "ended" for life in lives)
+    return "ended" if from_outside else "succeeded" if end.succeeded else "failed"
 
 
 def _end(told: Sequence[ev.Event]) -> ev.RunEnded | ev.GroupEnded | None:

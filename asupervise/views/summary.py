@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from asupervise.hints import hint_of
+from asupervise.hints import hint_of, what_failed
 from asupervise.views.lives import Life
 from asupervise.views.markup import Child, Html, log_html, tag
 from asupervise.views.plain import cut_middle, one_line, overwritten, ranks_text
@@ -17,13 +17,13 @@ __all__ = ["STATES", "culprit_of", "head", "headline", "took", "verdict"]
 STATES: Final = {
     "succeeded": "Succeeded",
     "failed": "Failed",
+    "ended": "Ended",
     "running": "Running",
     "unknown": "No end known",
 }
 _TEXT_CHARS: Final = 16_384
 _SHOWN_OTHERS: Final = 16
 # What stands in the place of an exception that was not recorded (`failures`).
-_UNRECORDED: Final = "No traceback was recorded"
 
 
 def head(run: Run) -> Html:
@@ -160,18 +160,17 @@ def headline(life: Life, tail: str = "") -> str:
     """
     failure = life.failure
     if failure is None:
-        return _last_line(tail) or how_ended(life)
-    if failure.traceback or not (failure.cause or failure.message.startswith(_UNRECORDED)):
-        return one_line(failure.message, 400) or how_ended(life)
-    return one_line(failure.cause, 400) or _last_line(tail) or how_ended(life)
-
-
-def _last_line(tail: str) -> str:
-    """What Python has said last of an exception that nobody has recorded."""
-    lines = [line for line in tail.splitlines() if line.strip()]
-    if not lines or not any(line.startswith("Traceback (most recent") for line in lines):
-        return ""
-    return one_line(lines[-1], 400)
+        said = what_failed(life.exitcode, stderr_tail=tail)
+    else:
+        said = what_failed(
+            life.exitcode,
+            cause=failure.cause,
+            signal=failure.signal,
+            message=failure.message,
+            traceback=failure.traceback,
+            stderr_tail=tail or failure.stderr_tail,
+        )
+    return one_line(said, 400) or how_ended(life)
 
 
 def _where(life: Life) -> str:
@@ -191,6 +190,7 @@ def _hint(life: Life, tail: str) -> Html | None:
         message=failure.message,
         stderr_tail=tail,
         stderr_in_file=bool(life.stderr),
+        stack=failure.stack,
     )
     return tag("p", tag("strong", "What to do "), hint, class_="hint") if hint else None
 
@@ -250,7 +250,7 @@ def _other(life: Life) -> Html:
 def _former(run: Run) -> Html | None:
     """What ended the attempts before."""
     former = [attempt for attempt in run.attempts if attempt.succeeded is False]
-    if run.state == "failed":
+    if run.state in ("failed", "ended"):
         former = former[:-1]
     if not former:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
+from asupervise.hints import is_hang, is_oom
 from asupervise.views.lives import Life
 
 __all__ = [
@@ -115,9 +116,9 @@ def how_ended(life: Life) -> str:
         ('exit code 3', 'no end known')
     """
     failure, code = life.failure, life.exitcode
-    if failure is not None and failure.cause.startswith("hang:"):
+    if failure is not None and is_hang(failure.cause):
         return "hung"
-    if failure is not None and "OOM killer" in failure.cause:
+    if failure is not None and is_oom(failure.cause):
         return "out of memory"
     if code is None:
         return "running" if life.alive else "failed" if failure is not None else "no end known"

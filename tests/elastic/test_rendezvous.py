@@ -692,7 +692,7 @@ async def test_a_node_rank_that_is_taken_is_refused(nodes: Nodes) -> None:
     joining = asyncio.ensure_future(one.join())
     await nodes.present(one)
     other = await nodes.add("b", Terms(2, 2), node_rank=0)
-    with pytest.raises(TermsError, match=r"^node rank 0 is taken by another node of this run$"):
+    with pytest.raises(TermsError, match=r"^node rank 0 is taken by another node of this run"):
         await other.join()
     joining.cancel()
     await asyncio.gather(joining, return_exceptions=True)

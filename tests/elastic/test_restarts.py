@@ -171,7 +171,8 @@ def test_three_broken_starts_in_a_row_end_the_job(run_cli: Run) -> None:
     assert done.returncode == 6
     assert done.stdout == b"started\n" * 3
     said = (
-        "rank 0 failed: 3 times in a row sooner than 30 s after its start, which no restart mends"
+        "no restart: rank 0 failed: 3 times in a row sooner than 30 s after its start, which no "
+        "restart mends"
     )
     assert said in done.stderr.decode().splitlines()
 

@@ -366,7 +366,7 @@ def test_services_are_started_anew_one_by_one(start: Start, gates: Gates, reques
     gates.tell("1", "end")
     seen = screen.wait_for("↻ 1 restarting", "↻ in ", "● 1 running")
     take_picture(screen, request, "live-service")
-    assert "asupervise: rank 1 has ended: start 2 in " in text(seen[: table_at(seen)])
+    assert "asupervise: rank 1 has ended: restart 1, in " in text(seen[: table_at(seen)])
     screen.wait_for("● 2 running", "─ restarts 1 ─")
     screen.type("C-c")
     screen.wait_for("exit status 130")

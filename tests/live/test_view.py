@@ -7,17 +7,19 @@ import fcntl
 import io
 import os
 import pty
+import re
 import struct
 import sys
 import termios
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from typing import TextIO
 
 import pytest
 
-from asupervise import EventBus, live_view
+from asupervise import DefaultLogsSpecs, EventBus, Std, live_view, start_processes
 from asupervise.views.live.above import Above
 from asupervise.views.live.driving import LiveView
 from asupervise.views.live.tty import Terminal, find_terminal
@@ -144,6 +146,20 @@ async def test_what_is_printed_appears_above_from_any_thread(terminal: Pty) -> N
     for line in ("from the loop\r\n", "to stderr\r\n", "from a thread \r\n", "begun and ended\r\n"):
         assert line in seen
     assert "\x1b[2J" not in seen
+
+
+async def test_the_last_line_of_a_run_that_is_over_at_once(terminal: Pty, tmp_path: Path) -> None:
+    """Its files are gone before the table is drawn a second time."""
+    bus = EventBus()
+    async with view_on(terminal, bus):
+        logs = DefaultLogsSpecs(tee=Std.OUT, local_ranks_filter=set())
+        args = {0: ("-c", "echo first; echo last")}
+        async with start_processes("job", "sh", args, {0: {}}, logs, events=bus) as ctx:
+            result = await ctx.wait()
+    assert result.log_dir is None
+    seen = await terminal.seen("\x1b[?25h", times=2)
+    assert re.search(r"done +\d:\d\d +.*last ", seen.rpartition("LAST LINE")[2])
+    bus.close()
 
 
 @pytest.mark.parametrize("how", ["returns", "raises"])

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Final, NamedTuple
 
 from asupervise.bus import Subscription
+from asupervise.events import WorkerStarted
 from asupervise.views.live.above import Above
 from asupervise.views.live.board import Board
 from asupervise.views.live.canvas import Canvas
@@ -172,6 +173,7 @@ class LiveView:
     def close(self) -> None:
         """Give the terminal back; after :meth:`end`."""
         self._thread.shutdown()
+        self._last_lines.close()
         self._canvas.close()
         if self._gpus is not None:
             self._gpus.stop()
@@ -180,6 +182,9 @@ class LiveView:
         while await self._heard.wait():
             for event in self._heard.take():
                 self._board.tell(event)
+                if isinstance(event, WorkerStarted):
+                    files = [path for path in (event.stdout, event.stderr) if path]
+                    self._thread.submit(self._last_lines.keep, files)
             self._board.dropped = self._heard.dropped
             self._layout_soon()
 
@@ -233,6 +238,8 @@ class LiveView:
             self._changed = True
 
     async def _last_paint(self) -> None:
+        # Whoever has come since is looked at as well.
+        self._lay_out()
         seen = await self._show_and_look(self._rows)
         self._board.lines_seen(seen, time.monotonic_ns())
         self._lay_out()

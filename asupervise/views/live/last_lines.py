@@ -14,6 +14,8 @@ K = TypeVar("K", bound=Hashable)
 
 # Enough for a line that is worth showing.
 _BYTES: Final = 4096
+# Those of more workers than a terminal has rows.
+_KEPT_FILES: Final = 128
 
 
 class _Seen(NamedTuple):
@@ -25,10 +27,27 @@ class _Seen(NamedTuple):
 
 
 class LastLines(Generic[K]):
-    """Reads them; for a thread. Files that have not changed since are not read again."""
+    """Reads them; for a thread. Files that have not changed since are not read again.
+
+    Each is held open: when a run has ended well its folder may be gone before the last look.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
+        self._open: dict[str, int] = {}
+        self._kept: set[str] = set()
+
+    def keep(self, paths: Iterable[str]) -> None:
+        """Hold some of these open although nobody asks for them yet: their run may be short."""
+        for path in paths:
+            if len(self._kept) < _KEPT_FILES and path not in self._kept:
+                self._kept.add(path)
+                self._look(path)
+
+    def close(self) -> None:
+        """Let go of all files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
 
     def read(self, files: Mapping[K, Sequence[str]]) -> dict[K, str]:
         """The last lines of the files that were written to last.
@@ -41,6 +60,8 @@ class LastLines(Generic[K]):
         """
         known = {path for paths in files.values() for path in paths}
         self._seen = {path: seen for path, seen in self._seen.items() if path in known}
+        for path in self._open.keys() - known - self._kept:
+            os.close(self._open.pop(path))
         lines = {key: self._latest(paths) for key, paths in files.items()}
         return {key: line for key, line in lines.items() if line}
 
@@ -48,20 +69,28 @@ class LastLines(Generic[K]):
         found = [seen for path in paths if (seen := self._look(path)) is not None and seen.line]
         return max(found, key=lambda seen: seen.changed_ns).line if found else ""
 
-    def _look(self, path: str) -> _Seen | None:
-        # The file is the worker's, who may have put anything in its place.
+    def _opened(self, path: str) -> int | None:
+        """What stands there now, or what did when it was looked at last."""
         with suppress(OSError, ValueError):
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                now = os.fstat(fd)
-                before = self._seen.get(path)
-                if before is not None and before[:2] == (now.st_mtime_ns, now.st_size):
-                    return before
-                if not stat.S_ISREG(now.st_mode):
-                    return None
-                end = os.pread(fd, _BYTES, max(now.st_size - _BYTES, 0))
-            finally:
+            # The file is the worker's, who may have put anything in its place.
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
                 os.close(fd)
+                return None
+            if (before := self._open.get(path)) is not None:
+                os.close(before)
+            self._open[path] = fd
+        return self._open.get(path)
+
+    def _look(self, path: str) -> _Seen | None:
+        if (fd := self._opened(path)) is None:
+            return None
+        with suppress(OSError):
+            now = os.fstat(fd)
+            before = self._seen.get(path)
+            if before is not None and before[:2] == (now.st_mtime_ns, now.st_size):
+                return before
+            end = os.pread(fd, _BYTES, max(now.st_size - _BYTES, 0))
             line = last_line(end, whole=now.st_size <= _BYTES)
             seen = _Seen(now.st_mtime_ns, now.st_size, line or (before.line if before else ""))
             self._seen[path] = seen

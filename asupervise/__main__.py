@@ -7,7 +7,10 @@ import sys
 # are loaded takes a tenth of a short run's time.
 gc.disable()
 
-from asupervise.cli import main as _main  # noqa: E402
+try:
+    from asupervise.cli import main as _main
+except KeyboardInterrupt:
+    sys.exit(130)  # nothing has been started yet
 
 
 def main() -> int:

@@ -353,7 +353,7 @@ class PContext:
 
     async def _live(self) -> RunProcsResult:
         warnings = list(self.plan.warnings)
-        self._teller.starting()
+        self._teller.starting(self._options.cwd)
         try:
             files.make_folders(self.plan)
             if self._options.subreaper:

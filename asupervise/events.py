@@ -105,6 +105,7 @@ class GroupStarting(Event):
         entrypoint: the program or function.
         log_dir: the run's folder; None if it has none.
         temporary: whether that is removed after success.
+        cwd: the folder that the workers start in; "" if unknown.
     """
 
     kind: ClassVar[str] = "group_starting"
@@ -113,6 +114,7 @@ class GroupStarting(Event):
     entrypoint: str = ""
     log_dir: str | None = None
     temporary: bool = False
+    cwd: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,8 @@ class GroupTeller:
 
     # --- the group ----------------------------------------------------------------------------
 
-    def starting(self) -> None:
+    def starting(self, cwd: str | None) -> None:
+        """The group is about to be started, in that folder or, if it is None, in ours."""
         self._began_ns = time.monotonic_ns()
         if self._part:
             return
@@ -74,6 +75,7 @@ class GroupTeller:
             entrypoint=plan.workers[0].program if plan.workers else "",
             log_dir=plan.logs.run_dir or None,
             temporary=plan.logs.temporary,
+            cwd=_absolute(cwd),
         )
 
     def ended(self, result: RunProcsResult, *, parts_told: bool = False) -> None:
@@ -232,3 +234,10 @@ def _cut(text: str) -> str:
         return text
     half = _TEXT_CHARS // 2
     return f"{text[:half]}\n... ({len(text) - 2 * half} characters left out) ...\n{text[-half:]}"
+
+
+def _absolute(folder: str | None) -> str:
+    try:
+        return os.path.abspath(folder or os.curdir)
+    except OSError:
+        return ""  # ours has been removed

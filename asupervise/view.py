@@ -16,12 +16,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, TypeVar
+from difflib import get_close_matches
+from typing import Any, Final, NoReturn, TypeVar
 
 import asupervise
 from asupervise.errors import SupervisorError
 from asupervise.views.files import LogFile, log_files
 from asupervise.views.loglines import Choice, Line, chosen, lines_of, merged, tail_start
+from asupervise.views.plain import ranks_text
 from asupervise.views.printing import Format, headline, printed
 from asupervise.views.rundir import EVENTS_FILE, RunFolderError, find_run, read_run
 from asupervise.views.story import Run
@@ -31,6 +33,7 @@ __all__ = ["main"]
 _USAGE_ERROR: Final = 2
 _MOST_RANK: Final = 1 << 31
 _BATCH: Final = 256
+_MOST_RANGES: Final = 8
 
 T = TypeVar("T")
 
@@ -73,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = ": ".join(map(str, filter(None, (error.filename, error.strerror))))
+    print(f"error: {text}", file=sys.stderr)
     if hint := getattr(error, "hint", ""):
         print(f"hint: {hint}", file=sys.stderr)
     return _USAGE_ERROR
@@ -84,8 +90,10 @@ def _refuse(error: Exception) -> int:
 
 def _found(options: argparse.Namespace) -> str:
     run_dir = find_run(options.run_dir)
-    if run_dir != os.path.abspath(options.run_dir):
-        print(f"the newest run in {options.run_dir}: {run_dir}", file=sys.stderr)
+    given = os.path.abspath(options.run_dir)
+    if run_dir != given:
+        where = "the run of" if given.startswith(f"{run_dir}/") else "the newest run in"
+        print(f"{where} {options.run_dir}: {run_dir}", file=sys.stderr)
     return run_dir
 
 
@@ -103,25 +111,30 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from asupervise.views.report import render, write_report
+    from asupervise.views.report import REPORT_FILE, render, write_report
 
     run_dir = _found(options)
     if options.output == "-":
         print(render(read_run(run_dir), f"{run_dir}/"))
     else:
-        print(write_report(run_dir, options.output or ""))
+        path = options.output or ""
+        if os.path.isdir(path):
+            path = os.path.join(path, REPORT_FILE)
+        try:
+            print(write_report(run_dir, path))
+        except OSError as error:
+            # Of the file that it has for a moment nobody has heard.
+            raise RunFolderError(f"{path or run_dir}: {error.strerror}") from error
 
 
 def _logs(options: argparse.Namespace) -> None:
     run_dir = _found(options)
     run = read_run(run_dir)
     choice = Choice(options.rank, options.stream, _attempt(options.attempt, run))
-    files = chosen(log_files(run), choice)
+    there = list(log_files(run))
+    files = chosen(there, choice)
     if not files and not options.follow:
-        raise RunFolderError(
-            f"{run_dir}: none of its workers has a log of that kind",
-            "--tee 3 or --redirects 3 keeps what they print",
-        )
+        raise _no_logs(run, there)
     how = Format(
         prefix=not options.by_rank if options.prefix is None else options.prefix,
         timestamps=options.timestamps,
@@ -132,6 +145,21 @@ def _logs(options: argparse.Namespace) -> None:
         _follow(run, choice, files, how, options)
     else:
         _print_files(files, how, options)
+
+
+def _no_logs(run: Run, there: Sequence[LogFile]) -> RunFolderError:
+    if not there:
+        return RunFolderError(
+            f"{run.run_dir}: none of its workers has a log",
+            "--tee 3 or --redirects 3 keeps what they print",
+        )
+    ranks = ranks_text((file.life.rank for file in there), _MOST_RANGES)
+    attempts = ranks_text(file.life.attempt for file in there)
+    streams = " and ".join(sorted({file.stream for file in there}, reverse=True))
+    return RunFolderError(
+        f"{run.run_dir}: there is no such log",
+        f"there are logs of {streams} of rank {ranks}, attempt {attempts}",
+    )
 
 
 def _attempt(text: str | None, run: Run) -> int | None:
@@ -206,8 +234,25 @@ def _coloured(options: argparse.Namespace) -> bool:
 # --- the words ----------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as ``python -m asupervise`` does.
+
+    Attributes:
+        flags: of all commands.
+    """
+
+    flags: Sequence[str] = ()
+
+    def error(self, message: str) -> NoReturn:
+        words = message.partition("unrecognized arguments: ")[2].split()
+        flag = next((word for word in words if word.startswith("-")), "")
+        alike = get_close_matches(flag.partition("=")[0], self.flags, n=1) if flag else []
+        hint = f"did you mean {alike[0]}?" if alike else f"{self.prog} --help"
+        self.exit(_USAGE_ERROR, f"error: {message}\nhint: {hint}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m asupervise.view",
         description="Show what a run has left in its folder.",
         epilog="RUN_DIR is a run's folder, or the --log-dir of several: then the newest one's.",
@@ -220,6 +265,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_show(commands)
     _add_logs(commands)
     _add_report(commands)
+    known = commands.choices.values()
+    parser.flags = [name for each in known for name in each._option_string_actions]
     return parser
 
 

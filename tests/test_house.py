@@ -145,8 +145,8 @@ ROOMS = {
         "hints views.happenings views.lives views.plain views.story views.summary views.words"
     ),
     "view": room(
-        "errors views.files views.following views.loglines views.printing views.report"
-        " views.rundir views.show views.story",
+        "errors views.files views.following views.loglines views.plain views.printing"
+        " views.report views.rundir views.show views.story",
         asynchronous=True,
     ),
     "views.notebook": room("views.lives views.markup views.plain views.summary views.words"),

@@ -395,6 +395,46 @@ def test_folders_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "none of its workers has a log" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "inside", ["report.html", "events.jsonl", "attempt_0", "attempt_0/0", "attempt_0/0/stdout.log"]
+)
+def test_what_lies_in_a_runs_folder_leads_to_it(
+    folder: Path, inside: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "report.html").touch()
+    assert view.main(["show", str(folder / inside)]) == 0
+    told = capsys.readouterr()
+    assert told.err == f"the run of {folder / inside}: {folder}\n"
+    assert f"logs: {folder}\n" in told.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            ("--rank", "9"),
+            "there is no such log\nhint: there are logs of stdout and stderr of rank 0",
+        ),
+        (("--attempt", "7"), "there is no such log\nhint: there are logs of"),
+    ],
+)
+def test_logs_that_there_are_not(
+    folder: Path, argv: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert view.main(["logs", str(folder), *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_report_goes_into_a_folder_and_says_where_it_cannot(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert view.main(["report", str(folder), "-o", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").is_file()
+    missing = tmp_path / "missing" / "a.html"
+    assert view.main(["report", str(folder), "-o", str(missing)]) == 2
+    assert capsys.readouterr().err == f"error: {missing}: No such file or directory\n"
+
+
 def command(*argv: object) -> list[str]:
     return [sys.executable, "-m", "asupervise.view", *map(str, argv)]
 

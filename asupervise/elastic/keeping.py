@@ -260,7 +260,7 @@ class Services:
             self._bus.close()
 
     async def _lived(self) -> RunProcsResult:
-        self._teller.starting()
+        self._teller.starting(self._options.cwd)
         try:
             try:
                 await self._run()

@@ -39,6 +39,8 @@ FORMAT: Final = 1
 _HEAD_BYTES: Final = 2 << 20
 _TAIL_BYTES: Final = 12 << 20
 _HEADER_BYTES: Final = 64 << 10
+# attempt_<n>/<local rank>/stdout.log
+_DEPTH: Final = 3
 _MAX_ERROR_FILES: Final = 64
 _MAX_LIVES: Final = 20_000
 _LARGEST: Final = 2**53
@@ -64,24 +66,34 @@ class RunFolderError(SupervisorError):
 
 
 def find_run(path: str) -> str:
-    """The run's folder at `path`, or the newest one in it where it is a ``--log-dir``.
+    """The run's folder at `path`, or around it, or the newest one in it if it is a ``--log-dir``.
 
     Raises:
         RunFolderError: if there is none.
     """
     path = os.path.abspath(path)
+    if is_run(path):
+        return path
+    if runs := [each.path for each in _folders(path) if is_run(each.path)]:
+        return max(runs, key=_began)
+    if os.path.exists(path) and (around := _run_around(path)):
+        return around
     if not os.path.isdir(path):
         what = "it is no folder" if os.path.exists(path) else "there is no such folder"
         raise RunFolderError(f"{path}: {what}", "a failed run says at its end where its logs are")
-    if is_run(path):
-        return path
-    runs = [each.path for each in _folders(path) if is_run(each.path)]
-    if not runs:
-        raise RunFolderError(
-            f"{path}: no run has left anything here: there is neither {EVENTS_FILE} nor attempt_0",
-            "give a run's folder, <log-dir>/<run id>_<random>, or the --log-dir itself",
-        )
-    return max(runs, key=_began)
+    raise RunFolderError(
+        f"{path}: no run has left anything here: there is neither {EVENTS_FILE} nor attempt_0",
+        "give a run's folder, <log-dir>/<run id>_<random>, or the --log-dir itself",
+    )
+
+
+def _run_around(path: str) -> str:
+    """The run in whose folder it lies, as its report and its logs do; "" if in none's."""
+    for _ in range(_DEPTH):
+        path = os.path.dirname(path)
+        if is_run(path):
+            return path
+    return ""
 
 
 def is_run(path: str) -> bool:

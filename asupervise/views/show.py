@@ -53,6 +53,8 @@ def _facts(run: Run) -> Iterator[str]:
     yield f"{run.nprocs:,} worker{'s' if run.nprocs != 1 else ''}"
     if run.node:
         yield f"on {one_line(run.node)}"
+    if run.cwd:
+        yield f"in {one_line(run.cwd, 400)}"
     if len(run.attempts) > 1:
         yield f"{len(run.attempts):,} attempts"
     if run.exit_status is not None:

@@ -55,6 +55,7 @@ class Run(NamedTuple):
         run_id: as the workers know it.
         group: the workers' role.
         node: host's name.
+        cwd: the folder that its workers were started in; "" if unknown.
         nprocs: workers on this node.
         began_at: in seconds since the epoch; None if unknown.
         duration_s: until its end, or until the last that is known of it.
@@ -77,6 +78,7 @@ class Run(NamedTuple):
     run_id: str = ""
     group: str = ""
     node: str = ""
+    cwd: str = ""
     nprocs: int = 0
     began_at: float | None = None
     duration_s: float | None = None
@@ -126,6 +128,7 @@ def told_run(
         run_id=next((event.run_id for event in told if event.run_id), ""),
         group=next((event.group for event in told if event.group), ""),
         node=first.node,
+        cwd=next((event.cwd for event in told if isinstance(event, ev.GroupStarting)), ""),
         nprocs=max([e.nprocs for e in told if isinstance(e, ev.GroupStarting)], default=0)
         or len({life.local_rank for life in lives}),
         began_at=first.time,

@@ -101,6 +101,7 @@ def _facts(run: Run) -> Iterable[Html]:
         ("workers", f"{run.nprocs:,}"),
         ("attempts", f"{attempts:,}" if attempts > 1 else ""),
         ("host", one_line(run.node)),
+        ("folder", one_line(run.cwd, 400)),
         ("exit status", "" if run.exit_status is None else str(run.exit_status)),
         ("most memory", f"{size(max(peaks)[0])} (rank {max(peaks)[1]})" if peaks else ""),
         ("run id", one_line(run.run_id) if run.run_id != "none" else ""),

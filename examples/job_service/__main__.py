@@ -6,12 +6,16 @@ import argparse
 import socket
 import sys
 
-import uvicorn
+try:
+    import uvicorn
 
-from .app import create_app
-from .service import JobService
+    from .app import create_app
+    from .service import JobService
+except ModuleNotFoundError as exc:
+    sys.exit(f"error: {exc.name} is not installed\nhint: pip install asupervise starlette uvicorn")
 
 HOST = "127.0.0.1"
+DESCRIPTION = "Runs commands as groups of ranks, and shows them on a web page, until Ctrl-C."
 
 
 class Server(uvicorn.Server):
@@ -31,7 +35,7 @@ class Server(uvicorn.Server):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="job_service", description=__doc__)
+    parser = argparse.ArgumentParser(prog="job_service", description=DESCRIPTION)
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free")
     parser.add_argument("--at-once", type=int, default=4, help="how many jobs run at a time")
     options = parser.parse_args()

@@ -67,15 +67,7 @@ def headline(rank: int, failure: ProcessFailure) -> str:
 
 
 def _what(failure: ProcessFailure) -> str:
-    name = failure.signal_name()
-    said = what_failed(
-        failure.exitcode,
-        cause=failure.cause,
-        signal=name if name != NOT_AVAILABLE else "",
-        message=_message(failure),
-        traceback=failure.traceback,
-        stderr_tail=failure.stderr_tail,
-    )
+    said = what_failed(failure.exitcode, traceback=failure.traceback, **_known(failure))
     line = said.strip().partition("\n")[0]
     return line if len(line) <= _LINE_CHARS else f"{line[:_LINE_CHARS]}..."
 
@@ -93,16 +85,17 @@ def hint_for(failure: ProcessFailure, **known: Any) -> str:
         failure: of the rank that failed first.
         known: what else `hint_of` takes.
     """
+    return hint_of(failure.exitcode, stack=failure.stack, **_known(failure), **known)
+
+
+def _known(failure: ProcessFailure) -> dict[str, Any]:
     name = failure.signal_name()
-    return hint_of(
-        failure.exitcode,
-        cause=failure.cause,
-        signal=name if name != NOT_AVAILABLE else "",
-        message=_message(failure),
-        stderr_tail=failure.stderr_tail,
-        stack=failure.stack,
-        **known,
-    )
+    return {
+        "cause": failure.cause,
+        "signal": name if name != NOT_AVAILABLE else "",
+        "message": _message(failure),
+        "stderr_tail": failure.stderr_tail,
+    }
 
 
 def _sections(failures: Mapping[int, ProcessFailure], culprit: int | None) -> tuple[str, str]:

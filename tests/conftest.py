@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.browser import browser, open_page, page, pictures  # noqa: F401 (fixtures)
 from tests.small_cgroup import small_cgroup  # noqa: F401 (a fixture)
-from tests.workers import Channel
+from tests.workers import Channel, uvloop
 
 # A machine with much else to do is slow, and no test is about that.
 settings.register_profile("asupervise", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -162,6 +162,18 @@ async def _loop_without_tasks() -> AsyncIterator[None]:
             return
         await asyncio.sleep(0)
     pytest.fail("\n".join(f"task left behind: {task!r}" for task in left), pytrace=False)
+
+
+@pytest.fixture
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For who looks at what is left among the temporary files, or makes much of it."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def uvloop_has_its_pipe() -> None:
+    """Which it makes with its first loop, and keeps."""
+    uvloop()
 
 
 @pytest.fixture

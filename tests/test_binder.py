@@ -37,10 +37,7 @@ status = dict(line.split(":", 1) for line in lines)
 print(json.dumps([sorted(os.sched_getaffinity(0)), status["Mems_allowed_list"].strip()]))
 """
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 @pytest.fixture

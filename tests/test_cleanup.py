@@ -26,10 +26,7 @@ from asupervise.subreaper import subreaping
 from tests.conftest import ROOT, clean_environment, own_children
 from tests.workers import PYTHON, SLEEP, STUBBORN, Channel, gone, is_alive, settle, start
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 def codes(result: RunProcsResult | None) -> dict[int, int]:

@@ -29,10 +29,7 @@ HEADER = {"event": "header", "format": 1, "version": asupervise.__version__}
 RUN = ["round_completed", "group_starting", "worker_started", "worker_exited", "group_ended",
        "run_ended"]  # fmt: skip
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 @pytest.fixture

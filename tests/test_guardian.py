@@ -20,10 +20,7 @@ from tests.conftest import ROOT, clean_environment, own_children, wait_gone
 from tests.test_endings import WITHIN_S
 from tests.workers import READY, SLEEP, Channel, gone, is_alive, start, waits_of
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 def is_guardian(pid: int) -> bool:

@@ -35,17 +35,13 @@ from tests.workers import (
     is_alive,
     settle,
     stopped,
-    uvloop,
 )
 
 Runner = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any]
 
 every_loop = pytest.mark.parametrize("run", RUNNERS, ids=lambda run: run.__name__)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _uvloop_has_its_pipe() -> None:
-    uvloop()
+pytestmark = pytest.mark.usefixtures("uvloop_has_its_pipe")
 
 
 def worker(script: str, channel: Channel | None = None, **fields: Any) -> WorkerPlan:

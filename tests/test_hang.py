@@ -21,17 +21,9 @@ from asupervise import start_processes as start_group
 from asupervise.hang import Pulse
 from asupervise.procs import StartingProcesses
 from tests.conftest import Run
-from tests.workers import SLEEP, STUBBORN, Channel, by_asyncio, by_uvloop, start, uvloop
+from tests.workers import SLEEP, STUBBORN, Channel, by_asyncio, by_uvloop, start
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _uvloop_has_its_pipe() -> None:
-    uvloop()
-
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("uvloop_has_its_pipe", "own_temporary_folder")
 
 
 @pytest.fixture

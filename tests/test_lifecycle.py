@@ -37,22 +37,13 @@ from tests.workers import (
     settle,
     start,
     stopped,
-    uvloop,
 )
 
 Runner = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any]
 
 every_loop = pytest.mark.parametrize("run", RUNNERS, ids=lambda run: run.__name__)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _uvloop_has_its_pipe() -> None:
-    uvloop()
-
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("uvloop_has_its_pipe", "own_temporary_folder")
 
 
 def codes(result: RunProcsResult | None) -> dict[int, int]:

@@ -36,10 +36,7 @@ CEILING_S = 40.0
 ALL = DefaultLogsSpecs(redirects=Std.ALL)
 Lines = AsyncGenerator[LogLine, None]
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 def redirected(mask: Std = Std.ALL, log_dir: Path | None = None) -> DefaultLogsSpecs:

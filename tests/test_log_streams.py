@@ -36,10 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CEILING_S = 40.0
 PYTHON = (sys.executable, "-I", "-S", "-c")
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 def starting(*scripts: str, specs: LogsSpecs | None = None, **options: Any) -> Any:

@@ -20,10 +20,7 @@ from tests.conftest import Run
 from tests.small_cgroup import LIMIT, MIB
 from tests.workers import PYTHON, READY, SLEEP, Channel, settle, start
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 def failure_of(result: Any, rank: int = 0) -> ProcessFailure:

@@ -32,10 +32,7 @@ from tests.workers import HELD, PYTHON, READY, SLEEP, Channel, gone, is_alive, s
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 async def run(*scripts: str, **options: Any) -> RunProcsResult:

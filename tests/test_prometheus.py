@@ -42,10 +42,7 @@ from tests.workers import READY, SH, SLEEP, STUBBORN, Channel, shell, start
 COUNT = "$TORCHELASTIC_RESTART_COUNT"
 QUICK: dict[str, Any] = {"min_uptime": 0, "restart_backoff": 0}
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 @pytest.fixture

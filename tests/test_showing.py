@@ -40,10 +40,7 @@ TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}"
 # Each ends with a newline of its own, so that nothing waits for another one.
 SAY = ("--no-python", "sh", "-c")
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 # --- the command line ---------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from tests.workers import (
     Channel,
     settle,
     start,
-    uvloop,
 )
 
 Runner = Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any]
@@ -38,15 +37,7 @@ TELLS = (
     'trap "exit 7" TERM; trap "exit 8" HUP; ' + READY + "while :; do sleep 0.01; done"
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _uvloop_has_its_pipe() -> None:
-    uvloop()
-
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("uvloop_has_its_pipe", "own_temporary_folder")
 
 
 @pytest.fixture(autouse=True)

@@ -39,22 +39,13 @@ from tests.workers import (
     gone,
     is_alive,
     start,
-    uvloop,
 )
 
 needs_py_spy = pytest.mark.skipif(
     stacks.find_py_spy() is None, reason="py-spy is not installed (extra `stacks`)"
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _uvloop_has_its_pipe() -> None:
-    uvloop()
-
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("uvloop_has_its_pipe", "own_temporary_folder")
 
 
 @pytest.fixture

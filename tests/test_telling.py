@@ -37,22 +37,14 @@ from asupervise.events import (
 from asupervise.handler import SubprocessHandler
 from asupervise.plan import WorkerPlan
 from asupervise.procs import StartingProcesses
-from tests.workers import READY, RUNNERS, SH, SLEEP, STUBBORN, Channel, settle, start, uvloop
+from tests.workers import READY, RUNNERS, SH, SLEEP, STUBBORN, Channel, settle, start
 
 E = TypeVar("E", bound=Event)
 # Several times in a worker: whoever has opened it for the last line may not have closed it yet.
 HELD = 'until read line < "$CHANNEL.gate"; do :; done; '
 FILES = DefaultLogsSpecs
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _uvloop_has_its_pipe() -> None:
-    uvloop()
-
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("uvloop_has_its_pipe", "own_temporary_folder")
 
 
 def kinds(told: Sequence[Event]) -> list[str]:

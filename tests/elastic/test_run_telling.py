@@ -51,10 +51,7 @@ QUICK: dict[str, Any] = {"min_uptime": 0, "restart_backoff": 0}
 COUNT = "$TORCHELASTIC_RESTART_COUNT"
 AT_ONCE = Policy(backoff_s=0.0, min_uptime_s=0.0)
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 @pytest.fixture

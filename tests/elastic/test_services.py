@@ -41,10 +41,7 @@ ONCE = f"[ {COUNT} = 0 ] && exit 3; "
 AT_ONCE = Policy(backoff_s=0.0, min_uptime_s=0.0)
 NEVER_IN_TIME = Policy(backoff_s=1000.0, backoff_max_s=1000.0, min_uptime_s=0.0)
 
-
-@pytest.fixture(autouse=True)
-def _own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_temporary_folder")
 
 
 class Told:

@@ -61,7 +61,7 @@ class EventBus:
         parent: a bus that is told all that this one is told.
 
     Raises:
-        ValueError: for a `history` below zero.
+        ValueError: for a `history` below zero, or a parent that is no bus.
 
     Example::
 
@@ -75,6 +75,8 @@ class EventBus:
     def __init__(self, history: int = _HISTORY, parent: EventBus | None = None) -> None:
         if history < 0:
             raise ValueError(f"history: {history!r}: expected zero or more")
+        if not (parent is None or isinstance(parent, EventBus)):
+            raise ValueError(f"events: {parent!r}: expected an EventBus")
         self._history = _Bounded(history)
         self._parent = parent
         # Who has stopped to consume, and says no word of it (`break`), is none any more.

@@ -26,6 +26,7 @@ async def result_of(
     details_of: DetailsOf,
     faulty: Collection[int] = (),
     work: Work,
+    keeps_folder: bool = False,
 ) -> RunProcsResult:
     """The result of a group that has ended. Reads what failed workers left, in a thread.
 
@@ -36,6 +37,7 @@ async def result_of(
         details_of: further fields of a worker's failure; called in the thread.
         faulty: the local ranks that have failed however they took our signal.
         work: of the workers.
+        keeps_folder: whether a temporary folder stays unless all have succeeded.
     """
     if warning := files.full_disk_warning(plan):
         warnings = [*warnings, warning]
@@ -60,7 +62,11 @@ async def result_of(
 
         return failures_of(failed, problems, details_of=details_of, work=work)
 
-    return _result(plan, {}, await asyncio.to_thread(failures), warnings, removed=False)
+    found = await asyncio.to_thread(failures)
+    # Of those that were only ended nobody wants to know more.
+    only_ended = all(failure.ended_by_us for failure in found.values())
+    removed = only_ended and not keeps_folder and await files.remove_run_folder(plan)
+    return _result(plan, {}, found, warnings, removed=removed)
 
 
 def _result(

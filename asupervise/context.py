@@ -27,8 +27,8 @@ from asupervise.logs import Std
 from asupervise.plan import GroupPlan
 from asupervise.recording import Recorder
 from asupervise.result import RunProcsResult
-from asupervise.shielding import finished_in_any_case, run_in_any_case
-from asupervise.spec import DEFAULT_SHUTDOWN_TIMEOUT_S, RunOptions, check_timeout, checked_signal
+from asupervise.shielding import check_loop, finished_in_any_case, run_in_any_case
+from asupervise.spec import RunOptions, check_timeout, checked_signal
 from asupervise.subreaper import subreaping
 from asupervise.telling import GroupTeller
 from asupervise.work import ProgramWork, Work
@@ -107,6 +107,8 @@ class PContext:
         self._unwanted = False
         # Asked before each worker's start; see `StartingProcesses.permit`.
         self.permit: Callable[[], bool] = lambda: True
+        # Whether a temporary folder stays also if we have only been ended: there is more in it.
+        self.keeps_folder = False
         self._streams: LogStreams | None = None
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._failing: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -152,9 +154,7 @@ class PContext:
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         return self._failing.result() if self._failing.done() else None
 
-    async def close(
-        self, death_sig: int | None = None, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S
-    ) -> None:
+    async def close(self, death_sig: int | None = None, timeout: float | None = None) -> None:
         """End the group: `death_sig` to every worker's process group, SIGKILL to what is left.
 
         Bounded in time, even if a process cannot die. May be called again, and while another
@@ -162,16 +162,19 @@ class PContext:
 
         Args:
             death_sig: the first signal; SIGTERM by default.
-            timeout: seconds from it to SIGKILL.
+            timeout: seconds from it to SIGKILL; None for the group's `shutdown_timeout`.
 
         Raises:
             ValueError: for a signal that does not exist or a negative `timeout`.
         """
+        if timeout is None:
+            timeout = self._options.shutdown_timeout_s
         check_timeout("timeout", timeout)
+        life = self._task
         self._request_end(
             checked_signal(signal.SIGTERM if death_sig is None else death_sig), timeout
         )
-        await asyncio.wait({self._task})
+        await asyncio.wait({life})
 
     def pids(self) -> dict[int, int]:
         """Process ids by local rank."""
@@ -216,6 +219,7 @@ class PContext:
             async for event in ctx.events():
                 print(event.kind, event.as_dict())
         """
+        check_loop(f"group {self.name!r}", self._life)
         return self._bus.subscribe(maxsize)
 
     async def dump_stacks(self) -> dict[int, Stack]:
@@ -225,6 +229,7 @@ class PContext:
         installed and permitted, by the kernel's view of it otherwise. Takes seconds at the most,
         and harms no worker.
         """
+        check_loop(f"group {self.name!r}", self._life)
         return await self._diagnosis.dump_stacks()
 
     def lines(
@@ -279,7 +284,8 @@ class PContext:
         return self._cleanup.cgroup.folder if self._cleanup.cgroup is not None else ""
 
     def __repr__(self) -> str:
-        state = "ended" if self._task.done() else f"{self.nprocs - self._exited} running"
+        ended = self._life is not None and self._life.done()
+        state = "ended" if ended else f"{self.nprocs - self._exited} running"
         return f"<PContext {self.name!r}: {self.nprocs} workers, {state}>"
 
     def _repr_html_(self) -> str:
@@ -296,6 +302,7 @@ class PContext:
     def _task(self) -> asyncio.Task[RunProcsResult]:
         if self._life is None:
             raise RuntimeError(f"group {self.name!r} has not been started")
+        check_loop(f"group {self.name!r}", self._life)
         return self._life
 
     async def _start(self) -> None:
@@ -353,8 +360,8 @@ class PContext:
 
     async def _live(self) -> RunProcsResult:
         warnings = list(self.plan.warnings)
-        self._teller.starting(self._options.cwd)
         try:
+            self._teller.starting(self._options.cwd)
             files.make_folders(self.plan)
             if self._options.subreaper:
                 self._cleanup.cgroup = cgroups.make(self.plan.token)
@@ -372,6 +379,7 @@ class PContext:
                 details_of=self._diagnosis.details,
                 faulty=self._diagnosis.faulty,
                 work=self._work,
+                keeps_folder=self.keeps_folder,
             )
             self._teller.ended(result)
             result = await self._recorded(result)

@@ -235,6 +235,8 @@ class StartingProcesses(Unstarted):
     Attributes:
         permit: asked before each worker's start; if the answer is no, those that were started are
             killed, and awaiting this raises `NotPermittedError`.
+        keeps_folder: whether a temporary folder stays unless all workers succeed: a run has more in
+            it than this group.
     """
 
     def __init__(
@@ -249,6 +251,7 @@ class StartingProcesses(Unstarted):
         self._numa_options = numa_options
         self._options = options
         self.permit: Callable[[], bool] = lambda: True
+        self.keeps_folder = False
         super().__init__(f"group {spec.name!r}", PContext)
         self._context: PContext | None = None
 
@@ -274,6 +277,7 @@ class StartingProcesses(Unstarted):
             self._plan(spec), self._options, work_of(spec), events=self._events
         )
         self._context.permit = self.permit
+        self._context.keeps_folder = self.keeps_folder
         await self._context._start()
         return self._context
 

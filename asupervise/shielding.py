@@ -68,3 +68,16 @@ def _anyio_shield() -> AbstractContextManager[object]:
     import anyio
 
     return anyio.CancelScope(shield=True)
+
+
+def check_loop(what: str, life: asyncio.Task[Any] | None) -> None:
+    """Refuse another event loop than that in which it lives, as asyncio's own things do.
+
+    Raises:
+        RuntimeError: if it is called in another.
+    """
+    running = asyncio._get_running_loop()
+    if life is not None and running not in (None, life.get_loop()):
+        raise RuntimeError(
+            f"{what} belongs to another event loop: asyncio.run_coroutine_threadsafe() reaches it"
+        )

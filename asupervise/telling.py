@@ -78,19 +78,18 @@ class GroupTeller:
             cwd=_absolute(cwd),
         )
 
-    def ended(self, result: RunProcsResult, *, parts_told: bool = False) -> None:
+    def ended(self, result: RunProcsResult, *, failures_told: bool = False) -> None:
         """The result is there: each failure, each warning, and the end.
 
         Args:
             result: of the group.
-            parts_told: whether all failures were told of but the root cause, which is the service's
-                to name.
+            failures_told: whether all failures have been told of, as they came. Of a part they
+                are told by the service, which knows what follows.
         """
         cause = result.root_cause
-        for local_rank, failure in result.failures.items():
-            is_cause = cause is not None and cause[0] == local_rank
-            if is_cause or not parts_told:
-                self._failed(failure, root_cause=is_cause and not self._part)
+        if not (failures_told or self._part):
+            for local_rank, failure in result.failures.items():
+                self.failed(failure, root_cause=cause is not None and cause[0] == local_rank)
         for warning in result.warnings:
             self.warned(warning)
         if self._part:
@@ -174,7 +173,8 @@ class GroupTeller:
             "ResourceSample", handler.local_rank, handler.pid, rss_bytes=used.last, cpu_s=cpu_s
         )
 
-    def _failed(self, failure: ProcessFailure, *, root_cause: bool) -> None:
+    def failed(self, failure: ProcessFailure, *, root_cause: bool) -> None:
+        """What is known of a worker's failure."""
         message = failure.message
         self._of_worker(
             "WorkerFailed", failure.local_rank, failure.pid,

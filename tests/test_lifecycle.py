@@ -648,6 +648,8 @@ import asyncio, gc, os, sys
 from asupervise import start_processes
 
 async def main():
+    # A machine with much else to do is no slow callback of ours.
+    asyncio.get_running_loop().slow_callback_duration = 1000
     async with start_processes(
         "t", "/bin/sh", {0: ("-c", "exit 3"), 1: ("-c", "exec sleep 1000")}, {0: {}, 1: {}}
     ) as ctx:

@@ -28,7 +28,18 @@ from asupervise import (
 from asupervise._compat import has_ended
 from asupervise.postmortem import WallClock
 from asupervise.spec import RunOptions
-from tests.workers import HELD, PYTHON, READY, SLEEP, Channel, gone, is_alive, shell, start
+from tests.workers import (
+    HELD,
+    PYTHON,
+    READY,
+    SLEEP,
+    STUBBORN,
+    Channel,
+    gone,
+    is_alive,
+    shell,
+    start,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -349,6 +360,66 @@ async def test_what_is_not_awaited_yet_is_no_group() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'wiat'$"):
         starting.wiat()  # type: ignore[attr-defined]
     await (await starting).wait()
+
+
+@pytest.mark.parametrize("what", ["group", "service"])
+async def test_what_is_no_event_bus_is_refused(what: str) -> None:
+    call: Any = start_processes if what == "group" else run_services
+    with pytest.raises(ValueError, match=r"events: \[\]: expected an EventBus"):
+        await call(**shell(None, ["true"]), events=[])
+
+
+async def test_another_event_loop_is_refused(channel: Channel) -> None:
+    async with start(channel, SLEEP) as ctx:
+        await channel.pids(1)
+        calls = (ctx.wait, ctx.close, ctx.dump_stacks, ctx.wait_failing)
+
+        async def elsewhere() -> None:
+            for call in calls:
+                with pytest.raises(RuntimeError, match="group 't' belongs to another event loop"):
+                    await call()
+            with pytest.raises(RuntimeError, match="another event loop"):
+                ctx.events()
+
+        await asyncio.to_thread(asyncio.run, elsewhere())
+        assert repr(ctx) == "<PContext 't': 1 workers, 1 running>"
+        # From where it does not run it is reached so:
+        loop = asyncio.get_running_loop()
+        closing = asyncio.to_thread(
+            lambda: asyncio.run_coroutine_threadsafe(ctx.close(), loop).result()
+        )
+        await closing
+    assert "ended" in repr(ctx)
+
+
+async def test_close_has_the_patience_of_its_group(channel: Channel) -> None:
+    """Which is none here; by itself it would have half a minute."""
+    async with start(channel, STUBBORN, shutdown_timeout=0.0) as ctx:
+        pids = await channel.pids(1)
+        async with asyncio.timeout(20):
+            await ctx.close()
+        assert not is_alive(pids[0])
+
+
+@pytest.mark.parametrize("what", ["group", "service"])
+async def test_of_workers_that_were_only_ended_no_folder_stays(
+    what: str, channel: Channel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    specs = DefaultLogsSpecs(redirects=Std.ALL)
+    if what == "group":
+        async with start(channel, SLEEP, logs_specs=specs) as ctx:
+            await channel.pids(1)
+            assert list(tmp_path.glob("asupervise_*"))
+        result = await ctx.wait()
+    else:
+        async with run_services(**shell(channel, [SLEEP]), logs_specs=specs) as services:
+            await channel.pids(1)
+            assert list(tmp_path.glob("asupervise_*"))
+        result = await services.wait()
+    assert result is not None
+    assert (result.is_failed(), result.root_cause, result.log_dir) == (True, None, None)
+    assert not list(tmp_path.glob("asupervise_*"))
 
 
 @pytest.mark.parametrize("given", [{"tee": 3}, 3, DefaultLogsSpecs], ids=["a", "b", "c"])

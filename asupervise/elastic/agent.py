@@ -112,9 +112,11 @@ class Starting(Protocol):
     Attributes:
         token: that all processes of the group will have in their environment.
         permit: asked before each worker's start.
+        keeps_folder: whether a temporary folder stays unless all workers succeed.
     """
 
     permit: Callable[[], bool]
+    keeps_folder: bool
 
     @property
     def token(self) -> str: ...
@@ -222,6 +224,7 @@ class Agent:
             try:
                 starting = self._start(standing)
                 starting.permit = self._watchdog.permits
+                starting.keeps_folder = True
                 guarded.enter_context(self._watchdog.guarding(starting.token))
                 ctx = await starting
             except NotPermittedError:

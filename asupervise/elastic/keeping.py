@@ -26,9 +26,8 @@ from asupervise.failures import NOT_AVAILABLE, ProcessFailure
 from asupervise.logs import Std
 from asupervise.recording import Recorder
 from asupervise.result import RunProcsResult
-from asupervise.shielding import finished_in_any_case, run_in_any_case
+from asupervise.shielding import check_loop, finished_in_any_case, run_in_any_case
 from asupervise.spec import (
-    DEFAULT_SHUTDOWN_TIMEOUT_S,
     RunOptions,
     check_timeout,
     checked_signal,
@@ -130,23 +129,24 @@ class Services:
         await asyncio.wait({life}, timeout=timeout)
         return life.result() if life.done() else None
 
-    async def close(
-        self, death_sig: int | None = None, timeout: float = DEFAULT_SHUTDOWN_TIMEOUT_S
-    ) -> None:
+    async def close(self, death_sig: int | None = None, timeout: float | None = None) -> None:
         """End all workers, as `PContext.close`; nobody is started anew any more.
 
         Args:
             death_sig: the first signal; SIGTERM by default.
-            timeout: seconds from it to SIGKILL.
+            timeout: seconds from it to SIGKILL; None for the service's `shutdown_timeout`.
 
         Raises:
             ValueError: for a signal that does not exist or a negative `timeout`.
         """
+        if timeout is None:
+            timeout = self._options.shutdown_timeout_s
         check_timeout("timeout", timeout)
+        life = self._task
         self._request_end(
             checked_signal(signal.SIGTERM if death_sig is None else death_sig), timeout
         )
-        await asyncio.wait({self._task})
+        await asyncio.wait({life})
 
     def pids(self) -> dict[int, int]:
         """Process ids by local rank, of the workers that run now."""
@@ -178,6 +178,7 @@ class Services:
 
     def events(self, maxsize: int = 1024) -> Subscription:
         """What happens to all workers, over all their starts; as `PContext.events`."""
+        check_loop(f"service {self.name!r}", self._life)
         return self._bus.subscribe(maxsize)
 
     async def dump_stacks(self) -> dict[int, Stack]:
@@ -216,7 +217,8 @@ class Services:
         await finished_in_any_case(self._task)
 
     def __repr__(self) -> str:
-        state = "ended" if self._task.done() else f"{len(self.pids())} running"
+        ended = self._life is not None and self._life.done()
+        state = "ended" if ended else f"{len(self.pids())} running"
         return f"<Services {self.name!r}: {self.nprocs} workers, {state}>"
 
     def _repr_html_(self) -> str:
@@ -224,7 +226,7 @@ class Services:
         from asupervise.views.notebook import RUNNING, group_html
 
         pids = self.pids()
-        otherwise = "ended" if self._task.done() else "not running"
+        otherwise = "ended" if self._life is not None and self._life.done() else "not running"
         states = {rank: RUNNING if rank in pids else otherwise for rank in self._pasts}
         return group_html(self.name, states, pids, self.log_dir, self.restarts())
 
@@ -234,6 +236,7 @@ class Services:
     def _task(self) -> asyncio.Task[RunProcsResult]:
         if self._life is None:
             raise RuntimeError(f"service {self.name!r} has not been started")
+        check_loop(f"service {self.name!r}", self._life)
         return self._life
 
     async def _start(self) -> None:
@@ -260,8 +263,8 @@ class Services:
             self._bus.close()
 
     async def _lived(self) -> RunProcsResult:
-        self._teller.starting(self._options.cwd)
         try:
+            self._teller.starting(self._options.cwd)
             try:
                 await self._run()
             finally:
@@ -283,7 +286,7 @@ class Services:
                 self._started.set_exception(exc)
             return RunProcsResult()
         result = await self._result()
-        self._teller.ended(result, parts_told=True)
+        self._teller.ended(result, failures_told=True)
         problem = await self._recorder.finish()
         return replace(result, warnings=(*result.warnings, problem)) if problem else result
 
@@ -354,6 +357,7 @@ class Services:
         if self._ending.is_set():
             if worker is None:
                 self._cut_short.add(rank)
+            self._tell_failure(rank, worker)
             return None
         failure = self._last[rank].failures.get(rank)
         end = End(failure is not None, worker.uptime_s if worker else 0.0)
@@ -366,11 +370,23 @@ class Services:
         if isinstance(follows, Exhausted):
             self._culprit = rank, _blamed(failure or _too_soon(rank, worker), follows.why)
             self._request_end(signal.SIGTERM, self._options.shutdown_timeout_s)
+        self._tell_failure(rank, worker, root_cause=isinstance(follows, Exhausted))
         if not isinstance(follows, Anew):
             return None
         self._pasts[rank], self._window = follows.past, follows.window
         self._tell(rank, follows, failure)
         return follows.delay_s
+
+    def _tell_failure(
+        self, rank: int, worker: LoneWorker | None, *, root_cause: bool = False
+    ) -> None:
+        failure = self._last[rank].failures.get(rank) if worker is not None else None
+        if root_cause and self._culprit is not None:
+            failure = self._culprit[1]
+        if failure is not None:
+            # Which start of it that was, its own plan says.
+            teller = self._teller if worker is None else GroupTeller(self._bus, worker.plan)
+            teller.failed(failure, root_cause=root_cause)
 
     def _tell(self, rank: int, follows: Anew, failure: ProcessFailure | None) -> None:
         how = "has ended" if failure is None else f"failed, exit code {failure.exitcode}"
@@ -390,7 +406,8 @@ class Services:
 
     async def _result(self) -> RunProcsResult:
         failures = self._failures()
-        removed = not failures and await files.remove_run_folder(self._attempts.first)
+        only_ended = all(failure.ended_by_us for failure in failures.values())
+        removed = only_ended and await files.remove_run_folder(self._attempts.first)
         last = sorted(self._last.items())
         return RunProcsResult(
             return_values={} if failures else {r: _value(result) for r, result in last},

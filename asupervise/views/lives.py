@@ -182,7 +182,7 @@ def _life(key: _Key, told: Sequence[ev.WorkerEvent], zero_ns: int, folder: str) 
             fields |= {"end_s": at_s(event), "exitcode": event.exitcode}
             fields["peak_rss_bytes"] = event.peak_rss_bytes
         elif isinstance(event, ev.WorkerFailed):
-            fields["failure"] = _failure(event, fields.get("failure"))
+            fields["failure"] = _failure(event)
             fields.setdefault("exitcode", event.exitcode)
             fields["peak_rss_bytes"] = event.peak_rss_bytes or fields.get("peak_rss_bytes")
     samples = (e for e in told if isinstance(e, ev.ResourceSample))
@@ -192,7 +192,7 @@ def _life(key: _Key, told: Sequence[ev.WorkerEvent], zero_ns: int, folder: str) 
     return Life(attempt, local_rank, **fields)
 
 
-def _failure(event: ev.WorkerFailed, before: Failure | None) -> Failure:
+def _failure(event: ev.WorkerFailed) -> Failure:
     return Failure(
         message=event.message,
         cause=event.cause,
@@ -200,9 +200,8 @@ def _failure(event: ev.WorkerFailed, before: Failure | None) -> Failure:
         traceback=event.traceback,
         stack=event.stack,
         stderr_tail=event.stderr_tail,
-        # Told twice of a service's root cause, the second time with its verdict.
-        ended_by_us=event.ended_by_us and not (before and before.root_cause),
-        root_cause=event.root_cause or bool(before and before.root_cause),
+        ended_by_us=event.ended_by_us,
+        root_cause=event.root_cause,
     )
 
 

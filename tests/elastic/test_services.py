@@ -21,8 +21,10 @@ from asupervise.cleanup import Survivor
 from asupervise.context import PContext
 from asupervise.elastic.alone import Attempts
 from asupervise.elastic.decide import Policy
+from asupervise.elastic.intensity import Restart
 from asupervise.elastic.services import Services, StartingServices, run_services
 from asupervise.errors import RankMapError
+from asupervise.events import WorkerFailed
 from asupervise.logs import ATTEMPT_VARIABLE, LogsDest, LogsSpecs
 from asupervise.plan import TOKEN_VARIABLE
 from asupervise.procfs import ProcessEntry, read_entry
@@ -417,6 +419,23 @@ async def test_who_is_still_being_ended_is_not_blamed_either(channel: Channel) -
     assert ended_by_us(result) == [0]
     assert "failed by itself while the service was being ended" in result.failures[0].note
     assert result.failures[0].timestamp < result.failures[1].timestamp
+
+
+@pytest.mark.parametrize("restart", ["permanent", "temporary"])
+async def test_each_failure_is_told_once(restart: Restart) -> None:
+    policy = Policy(backoff_s=0.0, min_uptime_s=0.0)
+    async with run_services(
+        **shell(None, ["exit 1"]), policy=policy, max_restarts=2, restart=restart
+    ) as services:
+        await services.wait()
+    told = [event async for event in services.events()]
+    failed = [event for event in told if isinstance(event, WorkerFailed)]
+    starts = 3 if restart == "permanent" else 1
+    assert len(failed) == len({event.pid for event in failed}) == starts
+    assert [event.root_cause for event in failed] == [False] * (starts - 1) + [
+        restart == "permanent"
+    ]
+    assert [event.attempt for event in failed] == list(range(starts))
 
 
 async def test_a_worker_that_was_killed_through_us_may_be_the_root_cause(channel: Channel) -> None:

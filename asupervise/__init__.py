@@ -3,11 +3,11 @@
 The names below are those of ``torch.distributed.elastic.multiprocessing``, so that an
 import line and ``await`` are all that a caller changes::
 
-    from asupervise import DefaultLogsSpecs, Std, start_processes
+    from asupervise import DefaultLogsSpecs, Std, rank_environments, start_processes
 
     async with start_processes(
-        "trainer", "train.py", args={0: (), 1: ()}, envs={0: {}, 1: {}},
-        logs_specs=DefaultLogsSpecs(tee=Std.ALL),
+        "trainer", (sys.executable, "train.py"), args={0: (), 1: ()},
+        envs=rank_environments(2, parent_env=os.environ), logs_specs=DefaultLogsSpecs(tee=Std.ALL),
     ) as ctx:
         result = await ctx.wait()
 

@@ -311,9 +311,8 @@ def _stacks_file(folder: str, local_rank: int, outcome: Outcome) -> str:
 def _refuse(error: Exception) -> int:
     """Say what is wrong in a line, and with a hint what to do; returns the exit status."""
     _say(f"error: {_in_flags(_in_one_line(error))}")
-    hint = getattr(error, "hint", None)
-    if hint:
-        _say(f"hint: {hint}")
+    for note in getattr(error, "__notes__", ()):
+        _say(note)  # a hint
     shortage = isinstance(error, OSError) and error.errno in _SHORTAGES
     return _INTERNAL_ERROR if shortage else _USAGE_ERROR
 

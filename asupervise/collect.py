@@ -63,8 +63,9 @@ async def result_of(
         return failures_of(failed, problems, details_of=details_of, work=work)
 
     found = await asyncio.to_thread(failures)
-    # Of those that were only ended nobody wants to know more.
-    only_ended = all(failure.ended_by_us for failure in found.values())
+    # Of those that were only ended nobody wants to know more, unless it took a look at where they
+    # were.
+    only_ended = all(failure.ended_by_us and not failure.stack for failure in found.values())
     removed = only_ended and not keeps_folder and await files.remove_run_folder(plan)
     return _result(plan, {}, found, warnings, removed=removed)
 

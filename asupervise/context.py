@@ -177,7 +177,7 @@ class PContext:
         await asyncio.wait({life})
 
     def pids(self) -> dict[int, int]:
-        """Process ids by local rank."""
+        """Process ids by local rank, also of workers that have ended."""
         return {rank: handler.pid for rank, handler in sorted(self._handlers.items())}
 
     def send_signal(self, sig: int, ranks: Iterable[int] | None = None) -> None:
@@ -240,7 +240,8 @@ class PContext:
         Each call is a consumer of its own. One that is slow makes nobody wait, neither a worker
         nor ``wait`` and ``close``: the files are its buffer. It gets all lines also where it is
         not through when the group has ended, and a temporary folder has been removed: its files
-        are open from this call until it is through.
+        are open from this call until it is through. So call it at once, before the first ``await``,
+        where the logs have no folder of their own: a group that is over has removed them.
 
         Args:
             ranks: local ranks; None for all.

@@ -168,6 +168,30 @@ class ProcessFailure:
         return self.cause or _NO_TRACEBACK
 
     @property
+    def why(self) -> str:
+        """What it failed of, in a line: the recorded exception, the cause, its last words on
+        stderr, or its signal or exit code; printable anywhere.
+
+        Example:
+            >>> ProcessFailure(0, 4711, 3, "<N/A>", record=None).why
+            'exit code 3'
+        """
+        from asupervise.hints import what_failed
+        from asupervise.views.plain import one_line
+
+        message, name = self.message, self.signal_name()
+        text = message if isinstance(message, str) else message.get("message")
+        said = what_failed(
+            self.exitcode,
+            cause=self.cause,
+            signal=name if name != NOT_AVAILABLE else "",
+            message=text if isinstance(text, str) else "",
+            traceback=self.traceback,
+            stderr_tail=self.stderr_tail,
+        )
+        return one_line(said) or f"exit code {self.exitcode}"
+
+    @property
     def timestamp(self) -> float:
         """When it failed, in seconds since the epoch: by its own record, or its observed exit."""
         if self.record is not None and self.record.timestamp is not None:

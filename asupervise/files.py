@@ -45,9 +45,12 @@ def _check_program(worker: WorkerPlan, path: str, cwd: str | None) -> None:
     there = [candidate for candidate in found if os.path.isfile(candidate)]
     if not there:
         where = "" if os.path.dirname(program) else " on PATH"
-        raise FileNotFoundError(
+        error = FileNotFoundError(
             errno.ENOENT, f"local rank {worker.local_rank}: no such program{where}", program
         )
+        if where and os.path.isfile(os.path.join(cwd or "", program)):
+            error.add_note(f"hint: there is ./{program}; a Python script is (sys.executable, ...)")
+        raise error
     if not any(os.access(candidate, os.X_OK) for candidate in there):
         raise PermissionError(
             errno.EACCES, f"local rank {worker.local_rank}: the program is not executable",

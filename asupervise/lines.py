@@ -96,6 +96,8 @@ def sources_of(plan: GroupPlan, ranks: Iterable[int] | None, streams: Std) -> li
         raise ValueError(f"ranks: no local ranks {unknown}: expected {expected}")
     if streams not in _NAMES:
         raise ValueError(f"streams: {streams!r}: expected Std.OUT, Std.ERR or Std.ALL")
+    if not chosen:
+        raise ValueError("ranks: no local rank is given")
     found = {rank: _sources(known[rank], streams) for rank in chosen}
     without = [rank for rank in chosen if not found[rank]]
     if len(without) == len(chosen) or (without and (ranks is not None or streams != Std.ALL)):

@@ -169,17 +169,21 @@ class LogsSpecs(ABC):
         ValueError: for a mask that is none.
 
     Example:
-        >>> class OneFile(LogsSpecs):
+        >>> class Flat(LogsSpecs):
         ...     def reify(self, envs):
-        ...         path = f"{self.root_log_dir}/all.log"
-        ...         paths = {rank: path for rank in envs}
-        ...         return LogsDest(stdouts=paths, stderrs=paths)
+        ...         base = self.root_log_dir
+        ...         return LogsDest(
+        ...             stdouts={rank: f"{base}/{rank}.out" for rank in envs},
+        ...             stderrs={rank: f"{base}/{rank}.err" for rank in envs},
+        ...         )
         ...
         ...     @property
         ...     def root_log_dir(self):
-        ...         return self._root_log_dir or "/tmp"
-        >>> OneFile("/logs").reify({0: {}, 1: {}}).stdouts[1]
-        '/logs/all.log'
+        ...         return self._root_log_dir or ""
+        >>> Flat("/logs").reify({0: {}, 1: {}}).stdouts[1]
+        '/logs/1.out'
+
+    Each stream of each worker has a file of its own: what is in it is told as that worker's.
     """
 
     def __init__(
@@ -213,8 +217,8 @@ class LogsSpecs(ABC):
 class DefaultLogsSpecs(LogsSpecs):
     """torch's layout: ``<log_dir>/<run_id>_<random>/attempt_<n>/<local_rank>/{stdout,stderr}.log``.
 
-    Without a `log_dir` the run's folder is a temporary one, removed after success. The arguments
-    are those of :class:`LogsSpecs`.
+    Without a `log_dir` the run's folder is a temporary one. It stays only where a worker has failed
+    by itself. The arguments are those of :class:`LogsSpecs`.
 
     Raises:
         NotADirectoryError: if `log_dir` is a file.

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from asupervise.error_files import join_notes
 from asupervise.failures import NOT_AVAILABLE, ProcessFailure, exit_status, in_order
-from asupervise.hints import hint_of, what_failed
+from asupervise.hints import hint_of
 from asupervise.ranges import format_ranges
 
 _MAX_WIDTH = 60
@@ -18,7 +18,6 @@ _MAX_OTHERS = 16
 _ROOT_TEXT_CHARS = 16_384
 _OTHER_TEXT_CHARS = 4_096
 _TAIL_CHARS = 4_096
-_LINE_CHARS = 200
 # How a traceback of Python ends, and its words about a crash.
 _ALL_ENDED: Final = "  No rank failed by itself: the supervisor ended them all."
 _TERMINAL_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
@@ -63,13 +62,7 @@ def headline(rank: int, failure: ProcessFailure) -> str:
         'rank 3 failed: SIGSEGV'
     """
     where = f" on {failure.host}" if failure.host else ""
-    return _printable(f"rank {rank}{where} failed: {_what(failure)}").replace("\n", " ")
-
-
-def _what(failure: ProcessFailure) -> str:
-    said = what_failed(failure.exitcode, traceback=failure.traceback, **_known(failure))
-    line = said.strip().partition("\n")[0]
-    return line if len(line) <= _LINE_CHARS else f"{line[:_LINE_CHARS]}..."
+    return f"rank {rank}{_printable(where)} failed: {failure.why}"
 
 
 def _message(failure: ProcessFailure) -> str:

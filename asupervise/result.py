@@ -52,6 +52,23 @@ class RunProcsResult:
 
         return root_cause(self.failures)
 
+    @property
+    def why(self) -> str:
+        """Why the group has failed, in a line; "" if it has not.
+
+        Example:
+            >>> failure = ProcessFailure(1, 4711, 3, "<N/A>", record=None)
+            >>> RunProcsResult(failures={1: failure}).why
+            'rank 1 failed: exit code 3'
+        """
+        if not self.failures:
+            return ""
+        if (cause := self.root_cause) is None:
+            return "it was ended, and no rank failed by itself"
+        from asupervise.report import headline
+
+        return headline(*cause)
+
     def _repr_html_(self) -> str:
         """How a notebook shows it."""
         from asupervise.views.notebook import result_html

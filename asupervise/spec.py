@@ -65,9 +65,14 @@ class RunOptions(NamedTuple):
         """
         check_timeout("shutdown_timeout", self.shutdown_timeout_s)
         check_timeout("memory_sample_interval", self.memory_sample_interval_s)
-        if self.hang_timeout_s is not None and not self.hang_timeout_s > 0:
+        # Whatever the annotations say, callers pass what they have.
+        hang: Any = self.hang_timeout_s
+        if hang is not None and not (isinstance(hang, int | float) and hang > 0):
+            raise ValueError(f"hang_timeout: {hang!r}: expected seconds above zero, or None")
+        if self.console is not None and not hasattr(self.console, "log_format"):
             raise ValueError(
-                f"hang_timeout: {self.hang_timeout_s!r}: expected seconds above zero, or None"
+                f"console: {self.console!r}: expected a ConsoleFormat, as "
+                "ConsoleFormat(log_format='json')"
             )
         return self
 
@@ -90,7 +95,13 @@ def checked_spec(
     Raises:
         RankMapError, ValueError, TypeError: as ``start_processes`` says.
     """
+    maps: tuple[tuple[str, Any], ...] = (("args", args), ("envs", envs))
+    for what, given in maps:
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{what}: {given!r}: expected a mapping by local rank")
     check_rank_maps(args, envs, prefixes)
+    if not str.isprintable(name):
+        raise ValueError(f"name: {name!r}: expected printable text, for it stands before each line")
     _check_args(args)
     args = {rank: tuple(given) for rank, given in args.items()}  # an iterator is read but once
     _check_envs(envs)
@@ -167,9 +178,9 @@ def check_ranks(what: str, given: Mapping[int, object], nprocs: int) -> None:
     )
 
 
-def check_timeout(what: str, timeout_s: float) -> None:
-    """Raises ValueError for a negative number, and for NaN."""
-    if not timeout_s >= 0:
+def check_timeout(what: str, timeout_s: Any) -> None:
+    """Raises ValueError for a negative number, for NaN, and for what is none."""
+    if not (isinstance(timeout_s, int | float) and timeout_s >= 0):
         raise ValueError(f"{what}: {timeout_s!r}: expected seconds, zero or more")
 
 

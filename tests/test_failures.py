@@ -547,7 +547,7 @@ TAIL = "loading\nTraceback (most recent call last):\n  File\nmy.BadError: no\nmo
         ({"record": ErrorRecord(message="ValueError: a\nb")}, "rank 7 failed: ValueError: a"),
         ({"record": ErrorRecord(message={"message": "E: " + "x" * 999, "extraInfo": {}})},
          "rank 7 failed: E: xxxxxxx"),
-        ({"record": ErrorRecord(message="\x1b[31mred\x07")}, "rank 7 failed: red\ufffd"),
+        ({"record": ErrorRecord(message="\x1b[31mred\x07")}, "rank 7 failed: red\u2407"),
         ({"host": "node-b", "exitcode": 1}, "rank 7 on node-b failed: exit code 1"),
     ],
 )  # fmt: skip
@@ -556,6 +556,15 @@ def test_the_culprit_in_a_line(given: dict[str, Any], line: str) -> None:
     assert shown.startswith(line)
     assert len(shown) < 300
     assert "\n" not in shown
+
+
+def test_why_is_one_line_for_whoever_lists_jobs() -> None:
+    assert RunProcsResult().why == ""
+    raised = failure(1, record=ErrorRecord(message="ValueError: a\nb"))
+    result = RunProcsResult(failures={0: failure(0, -15, ended_by_us=True), 1: raised})
+    assert (raised.why, result.why) == ("ValueError: a", "rank 1 failed: ValueError: a")
+    ended = RunProcsResult(failures={0: failure(0, -15, ended_by_us=True)})
+    assert ended.why == "it was ended, and no rank failed by itself"
 
 
 def test_a_hint_is_made_of_what_is_known_of_the_failure() -> None:

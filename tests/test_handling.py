@@ -308,3 +308,14 @@ async def test_a_queue_for_nothing_is_refused() -> None:
 def test_they_are_public_names() -> None:
     assert asupervise.handle_events is handle_events
     assert asupervise.EventHandler.__name__ == "EventHandler"
+
+
+class Asynchronous:
+    async def handle(self, event: Event) -> None: ...
+
+
+@pytest.mark.parametrize("handler", [None, print, Asynchronous()], ids=["a", "b", "c"])
+async def test_what_is_no_handler_is_refused_at_once(handler: Any) -> None:
+    with pytest.raises(ValueError, match=r"handler: .* expected an object with a method `handle"):
+        async with handle_events(EventBus(), handler):
+            pass

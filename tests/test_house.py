@@ -54,7 +54,7 @@ ROOMS = {
     "procfs": room(),
     "newcomers": room("procfs"),
     "cgroups": room("procfs"),
-    "failures": room("error_files", lazily="views.notebook"),
+    "failures": room("error_files", lazily="hints views.notebook views.plain"),
     "hints": room(),
     "ranges": room(),
     "report": room("error_files failures hints ranges"),

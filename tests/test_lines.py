@@ -369,7 +369,7 @@ async def test_a_cancelled_consumer_leaves_nothing(channel: Channel, turns: int)
         (Std.OUT, None, Std.ERR, r"the stderr of local ranks \[0, 1\] does not go to a file"),
         ({0: Std.OUT}, [0, 1], Std.ALL, r"the output of local ranks \[1\] does not go to a file"),
         ({0: Std.OUT}, None, Std.OUT, r"the stdout of local ranks \[1\] does not go to a file"),
-        (Std.ALL, [], Std.ALL, r"local ranks \[\]"),
+        (Std.ALL, [], Std.ALL, r"ranks: no local rank is given"),
     ],
 )
 async def test_what_does_not_go_to_a_file_is_refused(

@@ -369,6 +369,21 @@ async def test_what_is_no_event_bus_is_refused(what: str) -> None:
         await call(**shell(None, ["true"]), events=[])
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"name": "a\nb"}, r"name: 'a\\nb': expected printable text"),
+        ({"envs": None}, "envs: None: expected a mapping by local rank"),
+        ({"console": "json"}, "console: 'json': expected a ConsoleFormat"),
+        ({"shutdown_timeout": "3"}, "shutdown_timeout: '3': expected seconds"),
+        ({"hang_timeout": "3"}, "hang_timeout: '3': expected seconds above zero"),
+    ],
+)
+def test_what_has_another_type_is_refused_at_the_call(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        start_processes(**{**shell(None, ["true"]), **given})
+
+
 async def test_another_event_loop_is_refused(channel: Channel) -> None:
     async with start(channel, SLEEP) as ctx:
         await channel.pids(1)

@@ -44,7 +44,10 @@ async def launch(
     Args:
         config: how.
         entrypoint: a program or a callable, as in `start_processes`.
-        args: its arguments.
+        args: its arguments. In those of a program, ``${local_rank}``, ``${rank}``,
+            ``${world_size}`` and ``${local_world_size}`` are filled in for each worker, and ``$$``
+            stands for ``$``, as on the command line and in torch; a program's own words, where
+            `entrypoint` is a sequence, and a callable's arguments are left alone.
         events: a bus that is told what happens; it stays open.
 
     Returns:
@@ -148,7 +151,10 @@ def _values(outcome: Outcome, name: str) -> dict[int, Any]:
             culprit = outcome.culprit
             rank = culprit.rank if culprit else None
             log_dir = outcome.result.log_dir if outcome.result is not None else None
-            raise ChildFailedError(name, failures, culprit=rank, log_dir=log_dir)
+            error = ChildFailedError(name, failures, culprit=rank, log_dir=log_dir)
+            if round is not None and round.why not in ("", f"rank {rank} failed"):
+                error.add_note(f"no restart: {round.why}")
+            raise error
         raise RunError(round.why if round is not None else "this node has left the run")
     if outcome.result is None or outcome.standing is None:
         return {}

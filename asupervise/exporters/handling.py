@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import partial
+from inspect import iscoroutinefunction
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
@@ -38,8 +39,10 @@ class EventHandler(Protocol):
 
         class Mail:
             def handle(self, event: Event) -> None:
-                if isinstance(event, RunEnded):
-                    send_mail(f"{event.run_id}: {event.why}")
+                if isinstance(event, GroupEnded) and not event.succeeded:
+                    send_mail(f"{event.group}: rank {event.root_cause} failed")
+
+    `launch` and the command line tell of a `RunEnded` as well, after all groups.
     """
 
     def handle(self, event: Event, /) -> None:
@@ -72,7 +75,7 @@ async def handle_events(
         patience_s: how long the end of the context may wait for a slow handler, in seconds.
 
     Raises:
-        ValueError: for a `maxsize` below 1.
+        ValueError: for a `maxsize` below 1, and for what is no handler.
 
     Example::
 
@@ -80,6 +83,14 @@ async def handle_events(
         async with handle_events(bus, PrometheusExporter()):
             await launch(config, train, events=bus)
     """
+    handle = getattr(handler, "handle", None)
+    if not callable(handle) or iscoroutinefunction(handle):
+        raise ValueError(
+            f"handler: {handler!r}: expected an object with a method `handle(event)`, which is "
+            "called in a thread and so is no coroutine function"
+        )
+    if not patience_s >= 0:
+        raise ValueError(f"patience_s: {patience_s!r}: expected seconds, zero or more")
     handing = _Handing(
         bus.subscribe(maxsize), handler, name or type(handler).__name__, on_warning or _to_loop
     )

@@ -138,7 +138,9 @@ def _pickled(value: object) -> Call:
     try:
         import cloudpickle
     except ImportError:
-        raise NotPicklableError(why, hint=_NEEDS_CLOUDPICKLE) from None
+        # What is no code, such as a lock, it could not pickle either.
+        code = not why.startswith("TypeError")
+        raise NotPicklableError(why, hint=_NEEDS_CLOUDPICKLE if code else None) from None
     while True:
         modules = _unreachable(seen)
         with _by_value(cloudpickle, modules):

@@ -368,7 +368,11 @@ class Zygote:
 
     def _send(self, message: tuple[Any, ...], fds: Sequence[int] = ()) -> None:
         if self._control is None:
-            raise ZygoteError(f"the zygote is not running{self._last_words()}", pid=self.pid)
+            raise ZygoteError(
+                f"the zygote is not running{self._last_words()}",
+                pid=self.pid,
+                hint="it runs inside `async with zygote:`" if not self.pid else None,
+            )
         # Descriptors may be closed before it is their turn, so who waits gets copies.
         if self._outbox or not self._sent(marshal.dumps(message), fds):
             self._outbox.append((marshal.dumps(message), [os.dup(fd) for fd in fds]))

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -617,3 +618,22 @@ async def test_what_imports_print_is_kept_out_of_the_workers_output(
         result = await run(workers.nothing, method=zygote, logs_specs=logs)
         assert "more" in zygote.said()
     assert Path(result.stdouts[0]).read_text() == ""
+
+
+@pytest.mark.parametrize("groups", [0, 1])
+def test_it_ends_with_its_event_loop(groups: int) -> None:
+    """Nobody has closed it; a group of it has not been closed, either."""
+
+    async def forgetful() -> tuple[Zygote, list[int]]:
+        zygote = Zygote(["json"])
+        await zygote.start()
+        pids = [zygote.pid]
+        maps: Any = ({0: (1000,)}, {0: {}})
+        for _ in range(groups):
+            ctx = await start_processes("t", time.sleep, *maps, start_method=zygote)
+            pids += ctx.pids().values()
+        return zygote, pids
+
+    zygote, pids = asyncio.run(forgetful())
+    assert not zygote.running
+    wait_gone(pids)

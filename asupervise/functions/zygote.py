@@ -28,7 +28,7 @@ from asupervise.handler import (
     exec_program,
 )
 from asupervise.plan import TOKEN_VARIABLE, WorkerPlan
-from asupervise.shielding import run_in_any_case
+from asupervise.shielding import finished_in_any_case, run_in_any_case
 
 __all__ = ["Zygote"]
 
@@ -101,6 +101,7 @@ class Zygote:
         self._loaded: dict[str, Any] = {}
         self._facts: dict[str, Any] = {}
         self._stack = AsyncExitStack()
+        self._life: asyncio.Task[None] | None = None
         self.environ: dict[str, str] = {}
 
     # --- its life ---------------------------------------------------------------------------
@@ -130,10 +131,27 @@ class Zygote:
         except BaseException:
             await run_in_any_case(self._end)
             raise
+        self._life = asyncio.get_running_loop().create_task(
+            self._live(), name=f"asupervise: zygote {self.pid}"
+        )
 
     async def close(self) -> None:
-        """End it and every worker that it has forked and that still runs. May be called again."""
+        """End it and every worker that it has forked and that still runs. May be called again.
+
+        The end of its event loop does so, too.
+        """
+        life, self._life = self._life, None
+        if life is not None:
+            life.cancel()
+            await finished_in_any_case(life)
+        # Again, because a task that is cancelled before its first step does not take it.
         await run_in_any_case(self._end)
+
+    async def _live(self) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await run_in_any_case(self._end)
 
     async def _launch(self) -> None:
         self._cleanup = Cleanup(self._token)

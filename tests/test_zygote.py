@@ -636,4 +636,4 @@ def test_it_ends_with_its_event_loop(groups: int) -> None:
 
     zygote, pids = asyncio.run(forgetful())
     assert not zygote.running
-    wait_gone(pids)
+    assert not wait_gone(pids)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from asupervise import files
 from asupervise._compat import Exit
-from asupervise.error_files import read_error_file
+from asupervise.error_files import join_notes, read_error_file
 from asupervise.failures import ProcessFailure, RemoteTraceback
 from asupervise.handler import SubprocessHandler
 from asupervise.work import Work
@@ -79,8 +79,13 @@ def failures_of(
     for handler in failed:
         rank = handler.local_rank
         found[rank] = _failure(handler, clock, details_of, problems.get(rank, ""))
-        if error := work.exception(rank):
+        error = work.exception(rank)
+        if isinstance(error, BaseException):
             found[rank] = _with_exception(found[rank], error)
+        elif error is not None:
+            note = f"the exception object cannot be unpickled here: {error}"
+            failure = found[rank]
+            found[rank] = dataclasses.replace(failure, note=join_notes(failure.note, note))
     return found
 
 

@@ -50,8 +50,11 @@ class Work(Protocol):
     def values(self, ranks: Iterable[int]) -> tuple[dict[int, Any], dict[int, str]]:
         """What the workers returned, and why it cannot be had from some; called in a thread."""
 
-    def exception(self, rank: int) -> BaseException | None:
-        """What the worker raised, as an object, where there is one; called in a thread."""
+    def exception(self, rank: int) -> BaseException | str | None:
+        """What the worker raised, as an object, where there is one; called in a thread.
+
+        Text: why it cannot be had.
+        """
 
 
 class ProgramWork:
@@ -74,7 +77,7 @@ class ProgramWork:
     def values(self, ranks: Iterable[int]) -> tuple[dict[int, Any], dict[int, str]]:
         return dict.fromkeys(ranks), {}
 
-    def exception(self, rank: int) -> BaseException | None:
+    def exception(self, rank: int) -> BaseException | str | None:
         return None
 
 

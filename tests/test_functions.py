@@ -270,6 +270,7 @@ async def test_an_exception_that_does_not_travel(
     failure = await failure_of(workers.raise_of, kind, *args, method=method)
     assert failure.exception is None
     assert failure.exitcode == 1
+    assert ("cannot be unpickled here: TypeError" in failure.note) is (kind == "NeedsTwo")
     assert words in report_of(failure)
     assert "in raise_of" in failure.traceback
 

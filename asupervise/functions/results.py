@@ -156,13 +156,13 @@ class ResultChannel:
             raise frames.BadFrame("it is cut off")
         return self._frames.load(_Unpickler) if self._frames.kind == frames.VALUE else None
 
-    def exception(self) -> BaseException | None:
-        """The exception that it ended with, where it came and can be unpickled. Once."""
+    def exception(self) -> BaseException | str | None:
+        """The exception that it ended with, where it came; or why it cannot be unpickled. Once."""
         if self._frames.kind != frames.EXCEPTION:
             return None
         try:
             error = self._frames.load(_Unpickler)
-        except Exception:
+        except Exception as problem:
             # Its class is not known here, or does not bear being pickled: its record remains.
-            return None
+            return f"{type(problem).__name__}: {problem}"
         return error if isinstance(error, BaseException) else None

@@ -201,8 +201,8 @@ class FunctionWork:
                 )
         return values, problems
 
-    def exception(self, rank: int) -> BaseException | None:
-        """What the function raised, where that could be sent."""
+    def exception(self, rank: int) -> BaseException | str | None:
+        """What the function raised, where that could be sent, or why it cannot be had."""
         channel = self._channels.get(rank)
         return channel.exception() if channel is not None else None
 

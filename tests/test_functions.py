@@ -972,7 +972,7 @@ async def main(method):
     print([value.number for value in values.values()], values[0].name)
     print("same class:", all(type(value) is Result for value in values.values()))
 
-print("module", __name__, file=sys.stderr)
+sys.stderr.write(f"module {__name__}\\n")  # in one piece, beside the other worker
 """
 GUARDED = (
     SCRIPT

@@ -219,6 +219,9 @@ def main() -> None:
         loss = Training(options).run()
         # All digits: whoever compares two runs wants to see whether they are equal.
         print(f"rank {dist.get_rank()} final loss {loss!r}")
+        # Gloo's threads let go of the last tensors meanwhile. One that does so when the interpreter
+        # is ending, and cannot have the GIL any more, aborts the process (pytorch/pytorch#179291).
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -139,6 +139,7 @@ async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], 
     from asupervise.signals import handle_signals
 
     stop = asyncio.Event()
+    folders: list[str] = []
 
     def announce(sig: Signals, again: bool) -> None:
         stop.set()
@@ -155,6 +156,7 @@ async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], 
         def on_group(ctx: Signalled | None) -> None:
             handling.attend(ctx)
             if ctx is not None:
+                folders[:] = [getattr(ctx, "log_dir", None) or ""]
                 on_started()
 
         try:
@@ -172,7 +174,13 @@ async def _supervise(job: Job, options: LaunchOptions, on_started: Callable[[], 
                         events=events, report=options.report,
                     )  # fmt: skip
         except (SupervisorError, ValueError, OSError) as error:
-            return _refuse(error)
+            status = _refuse(error)
+            if not folders:
+                return status
+            # It was not the command line: workers have run, until what nodes agree through was
+            # lost, or a restart was not possible.
+            _say_where(folders[0])
+            return _INTERNAL_ERROR
     return _concluded(job, outcome, handling.received)
 
 
@@ -232,10 +240,10 @@ def _failed(job: Job, outcome: Outcome) -> int:
     if cause is not None or culprit is not None:
         _report(job, failures, culprit.rank if culprit is not None else None, outcome)
     else:
-        _say_where(outcome)
+        _say_where(outcome.result.log_dir if outcome.result is not None else None)
     if culprit is not None:
         return exit_status(culprit.exitcode)
-    if outcome.round is not None and outcome.round.state == "over" and not failures:
+    if outcome.round is not None and outcome.round.state == "over" and cause is None:
         _say(f"error: {outcome.round.why}")
     # Ended by us, though by no signal that we got: something is wrong with us. And a service that
     # has ended too often has failed, though each end was a success.
@@ -258,7 +266,7 @@ def _report(
         why = outcome.round.why
         if why and why != f"rank {rank} failed":
             _say(f"no restart: {_in_flags(why)}")
-    _say_where(outcome)
+    _say_where(outcome.result.log_dir if outcome.result is not None else None)
     if hint := _hint(job, rank, failure, outcome):
         _say(f"hint: {hint}")
     # We are a worker of another launcher: it is to see the exception, not just our status.
@@ -266,10 +274,9 @@ def _report(
         get_error_handler().dump_error_file(failure.error_file, failure.exitcode)
 
 
-def _say_where(outcome: Outcome) -> None:
+def _say_where(folder: str | None) -> None:
     """What the run has left."""
-    folder = outcome.result.log_dir if outcome.result is not None else None
-    if folder is not None and os.path.isdir(folder):
+    if folder and os.path.isdir(folder):
         _say(f"logs: {folder}")
         report = os.path.join(folder, "report.html")
         if os.path.isfile(report):

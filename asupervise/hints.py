@@ -85,7 +85,8 @@ def what_failed(
     """
     how = signal or (f"exit code {exitcode}" if exitcode is not None else "no exit code is known")
     if traceback and message:
-        return message
+        # Of another node's worker the traceback may be all that has come.
+        return _last_words(message) if message.startswith(_TRACEBACK) else message
     return cause or _last_words(stderr_tail) or how
 
 

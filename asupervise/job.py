@@ -120,12 +120,17 @@ def prepare(options: LaunchOptions, environ: Mapping[str, str]) -> Job:
     python = "" if options.no_python and not options.run_path else program
     return Job(
         *(options.script, blueprint, meeting.backend, meeting.request, choices, python),
-        warnings=_warnings(options, workers),
+        warnings=_warnings(options, workers, meeting.request.terms.max_nodes, environ),
     )
 
 
-def _warnings(options: LaunchOptions, workers: int) -> tuple[str, ...]:
-    """Ranks that there are not: torchrun passes over them, and so do we, but not in silence."""
+def _warnings(
+    options: LaunchOptions, workers: int, nodes: int, environ: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Ranks that there are not: torchrun passes over them, and so do we, but not in silence.
+
+    And half of what makes a job of several nodes, which each would then run by itself.
+    """
     from asupervise.logs import Std
 
     named = {
@@ -134,6 +139,10 @@ def _warnings(options: LaunchOptions, workers: int) -> tuple[str, ...]:
         "--local-ranks-filter": options.local_ranks_filter,
     }
     found = []
+    if nodes == 1 and options.nnodes is None and environ.get("NNODES", "1") not in ("", "1"):
+        found.append(
+            f"NNODES={environ['NNODES']}, but NODE_RANK is not set: this is a job of one node"
+        )
     for flag, given in named.items():
         ranks = set() if given is None or isinstance(given, Std) else set(given)
         if missing := sorted(ranks - set(range(workers))):

@@ -643,3 +643,9 @@ def test_who_calls_the_command_line_keeps_asyncios_tls() -> None:
     argv = [sys.executable, "-c", program]
     done = subprocess.run(argv, env=clean_environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
+
+
+def test_half_a_job_of_several_nodes_is_warned_of(run_cli: Run) -> None:
+    done = run_cli("--dry-run", "--no-python", "true", env={"NNODES": "2"})
+    assert b"warning: NNODES=2, but NODE_RANK is not set" in done.stderr
+    assert run_cli("--dry-run", "--no-python", "true", env={"NNODES": "1"}).stderr == b""

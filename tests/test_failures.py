@@ -627,3 +627,9 @@ def test_a_subclass_with_other_arguments_survives_pickling() -> None:
     sys.modules.setdefault(PickierError.__module__, sys.modules[__name__])
     error = copy.copy(PickierError(4))
     assert (error.attempt, error.name) == (4, "job")
+
+
+def test_of_another_nodes_worker_the_last_line_of_its_traceback_is_told() -> None:
+    said = "Traceback (most recent call last):\n  File 'a.py', line 3\nValueError: no\n"
+    told = failure(record=ErrorRecord(message=said), host="node-b")
+    assert headline(3, told) == "rank 3 on node-b failed: ValueError: no"
